@@ -1,0 +1,1 @@
+"""The graph rewrites of qcompile. Recipes name them by string; users import `qcompile` only."""

@@ -1,0 +1,209 @@
+"""Computes once what does not depend on the model's inputs.
+
+A weight behind Identity, Cast, Transpose or Reshape becomes an initializer, so that it can be
+quantized; so do shapes and bounds. All that can be folded in a graph is evaluated in one run of ONNX
+Runtime; where that fails, node by node.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.errors import ModelError
+from qcompile.graph.edit import Names, add_initializer, attribute, graphs, is_op, replace
+from qcompile.run.session import Options, Session
+from qcompile.step import Outcome, Pass
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+
+# Results of these may be far larger than what they are made of, or differ from run to run, or are
+# what a quantized model means to keep.
+_KEPT = frozenset(
+    {
+        "ConstantOfShape", "Expand", "Tile", "Range", "OneHot", "RandomNormal", "RandomNormalLike",
+        "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout",
+        "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear",
+    }
+)  # fmt: skip
+_MOVES = frozenset(
+    {
+        "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Shape", "Size",
+        "Concat", "Gather",
+    }
+)  # fmt: skip
+_MAPS = frozenset(
+    {
+        "Identity", "Cast", "Neg", "Abs", "Sqrt", "Reciprocal", "Exp", "Log", "Sign", "Floor", "Ceil",
+        "Round", "Not", "Relu", "Sigmoid", "Tanh", "Erf", "Softmax",
+    }
+)  # fmt: skip
+_BROADCASTS = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "Where"})
+_FREE_GROWTH = 1 << 16  # bytes that a folded result may have beyond its inputs
+_MAX_CAST = 8  # int8 to int64 or float64
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldConstants(Pass):
+    """`Transpose(W[const]) -> MatMul` -> `MatMul(W')`, for every deterministic chain on constants."""
+
+    name: ClassVar[str] = "fold_constants"
+
+    def apply(self, model: ir.Model) -> Outcome:
+        """See the class. Skipped: what ORT cannot evaluate, what could grow. Outputs stay computed."""
+        outcome = Outcome()
+        names = Names(model)
+        for graph in graphs(model):
+            folded = _foldable(graph, outcome)
+            if folded and not _fold(model, graph, names, folded, outcome):
+                for node in folded:
+                    _fold(model, graph, names, [node], outcome)
+        return outcome
+
+
+def _fold(
+    model: ir.Model, graph: ir.Graph, names: Names, folded: list[ir.Node], outcome: Outcome
+) -> bool:
+    """Whether these nodes, in graph order, could be evaluated; they are then gone if unread."""
+    inside = set(folded)
+    frontier = [
+        value
+        for node in folded
+        for value in node.outputs
+        if any(use.node not in inside or value.is_graph_output() for use in value.uses())
+    ]
+    if not frontier:  # a result that only the graph returns stays computed
+        return True
+    if not all(_is_constant(value) for node in folded for value in _outer(node, inside)):
+        return True  # its inputs could not be evaluated, which is said of them
+    try:
+        results = _evaluate(model, folded, frontier)
+    except ModelError as error:
+        if len(folded) == 1:
+            outcome.skipped[folded[0].name or ""] = str(error)
+        return False
+    for value, result in zip(frontier, results, strict=True):
+        node = value.producer()
+        assert node is not None
+        if not isinstance(result, np.ndarray) or result.dtype == np.object_:
+            outcome.skipped[node.name or ""] = "its result is not a tensor of numbers"
+            continue
+        constant = add_initializer(graph, names, f"{value.name}_folded", result)
+        if value.is_graph_output():
+            for use in value.uses():
+                use.node.replace_input_with(use.idx, constant)
+        else:
+            replace(value, constant)
+        outcome.changed.append(node.name or "")
+    for node in reversed(folded):
+        if all(not value.uses() and not value.is_graph_output() for value in node.outputs):
+            graph.remove(node, safe=True)
+    return True
+
+
+def _outer(node: ir.Node, inside: set[ir.Node]) -> list[ir.Value]:
+    """The inputs of a node that no node of `inside` makes."""
+    return [value for value in node.inputs if value is not None and value.producer() not in inside]
+
+
+def _is_constant(value: ir.Value) -> bool:
+    return value.is_initializer() and not value.is_graph_input() and value.const_value is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Bound:
+    """What is known of a constant before it is computed: bytes, and if so an upper bound of its shape."""
+
+    size: int
+    shape: tuple[int, ...] | None
+
+
+def _foldable(graph: ir.Graph, outcome: Outcome) -> list[ir.Node]:
+    """The nodes on constants alone, in graph order."""
+    known: dict[ir.Value, _Bound] = {}
+    folded: list[ir.Node] = []
+    for node in graph:
+        inputs = [value for value in node.inputs if value is not None]
+        if not inputs or not _deterministic(node):
+            continue
+        for value in inputs:
+            tensor = value.const_value
+            if value not in known and _is_constant(value) and tensor is not None:
+                known[value] = _Bound(tensor.nbytes, tuple(map(int, tensor.shape.numpy())))
+        if any(value not in known for value in inputs):
+            continue
+        bound = _bound(node, [known[value] for value in inputs])
+        if bound is None:
+            outcome.skipped[node.name or ""] = "its result could be much larger than its inputs"
+            continue
+        known.update(dict.fromkeys(node.outputs, bound))
+        folded.append(node)
+    return folded
+
+
+def _deterministic(node: ir.Node) -> bool:
+    if node.domain not in ("", "ai.onnx") or node.op_type in _KEPT or node.op_type == "Constant":
+        return False
+    graphs_inside = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+    return not any(a.type in graphs_inside for a in node.attributes.values())
+
+
+def _bound(node: ir.Node, inputs: Sequence[_Bound]) -> _Bound | None:
+    """An upper bound of each result; None if it could be much larger than the inputs together."""
+    size = sum(bound.size for bound in inputs)
+    shapes = [bound.shape for bound in inputs]
+    reduced = node.op_type.startswith("Reduce")
+    if is_op(node, *_MAPS) or (reduced and attribute(node, "keepdims", 1)):
+        return _Bound(_MAX_CAST * size if is_op(node, "Cast") else size, shapes[0])
+    if reduced or is_op(node, *_MOVES):
+        return _Bound(size + 64, None)
+    known = [shape for shape in shapes if shape is not None]
+    if is_op(node, *_BROADCASTS) and len(known) == len(shapes):
+        try:
+            out = np.broadcast_shapes(*known)
+        except ValueError:  # an upper bound is no shape
+            out = None
+        if out is not None and np.prod(out) <= max(map(np.prod, known)):
+            return _Bound(size, out)
+    return _Bound(size + _FREE_GROWTH, None) if size <= _FREE_GROWTH else None
+
+
+def _evaluate(
+    model: ir.Model, folded: list[ir.Node], frontier: list[ir.Value]
+) -> list[npt.NDArray[Any]]:
+    """The values of `frontier`, computed by ORT as the nodes are written."""
+    mapping: dict[ir.Value, ir.Value] = {}
+    initializers: list[ir.Value] = []
+    copies: list[ir.Node] = []
+    for node in folded:
+        for value in node.inputs:
+            if value is not None and value not in mapping:
+                tensor = value.const_value
+                assert tensor is not None
+                mapping[value] = ir.Value(
+                    name=value.name, type=ir.TensorType(tensor.dtype),
+                    shape=ir.Shape(tensor.shape.numpy()), const_value=tensor,
+                )  # fmt: skip
+                initializers.append(mapping[value])
+        copy = ir.Node(
+            node.domain, node.op_type,
+            [None if value is None else mapping[value] for value in node.inputs],
+            list(node.attributes.values()), num_outputs=len(node.outputs), name=node.name,
+        )  # fmt: skip
+        for old, new in zip(node.outputs, copy.outputs, strict=True):
+            new.name = old.name
+            mapping[old] = new
+        copies.append(copy)
+    opset = {domain: v for domain, v in model.opset_imports.items() if domain in ("", "ai.onnx")}
+    graph = ir.Graph(
+        [], [mapping[value] for value in frontier], nodes=copies, initializers=initializers,
+        opset_imports=opset, name="fold",
+    )  # fmt: skip
+    small = ir.Model(graph, ir_version=min(model.ir_version or 8, 11))
+    return Session(small, Options("off", threads=1)).run({})

@@ -1,0 +1,1 @@
+"""Algorithms as functions on arrays: no graph, no model, no files."""

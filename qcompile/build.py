@@ -1,0 +1,55 @@
+"""The last phase before verification: the prepared graph, a plan and its solution become a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from passes.insert_qdq import InsertQdq
+from passes.lower_dynamic import LowerDynamic
+from passes.lower_embedding import LowerEmbedding
+from passes.lower_integer import LowerInteger
+from qcompile.plan.make import find_candidates
+from qcompile.plan.plan import Plan
+from qcompile.plan.tensors import coding
+from qcompile.quant.scheme import QParams
+from qcompile.run.probe import Fact
+from qcompile.solve.weights import Weight
+from qcompile.step import run_pass
+from qcompile.targets.schema import Target
+
+Format = Literal["qdq", "fused"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """What was solved for a plan: parameters by tensor name, weights by node name."""
+
+    params: Mapping[str, QParams]
+    weights: Mapping[str, Weight]
+
+
+def build(
+    prepared: ir.Model, plan: Plan, solution: Solution, target: Target, facts: Mapping[str, Fact],
+    form: Format,
+) -> ir.Model:  # fmt: skip
+    """A new quantized model; `prepared` is not changed."""
+    model = prepared.clone()
+    found = find_candidates(model, target, facts)
+    lower = "fused" if form == "fused" else "portable"
+    steps = [
+        LowerDynamic(plan, found, solution.weights, lower),
+        LowerEmbedding(plan, found, solution.weights, lower),
+        InsertQdq(plan, found, coding(model, plan, found), solution.params, solution.weights),
+    ]
+    for step in steps:
+        run_pass(step, model)
+    if form == "fused":
+        run_pass(LowerInteger(plan), model)
+    common.RemoveUnusedNodesPass()(model)
+    model.graph.sort()
+    return model

@@ -1,0 +1,107 @@
+"""What is remembered of a tensor: fixed size, whatever the number of samples.
+
+The histogram counts values by the upper 16 bits of their float32 representation: sign, exponent and
+7 bits of mantissa. Bins are thus known before any data is seen, they never have to grow, two
+histograms add up exactly, and each is at most 1/128 as wide as the values it holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+BINS = 1 << 16
+_CHUNK = 1 << 18  # values counted at a time: bincount makes 8-byte copies
+
+
+@dataclasses.dataclass
+class TensorStats:
+    """Statistics of one tensor over the calibration samples.
+
+    Attributes:
+        count: number of values seen.
+        lows, highs: smallest and largest value of each sample.
+        counts: int64 (65536,), values by the upper half of their float32 bits; None if not asked for.
+        sums: float64 (channels,), sum over axis 1 slices; None if not asked for.
+        per_channel: number of values summed into each entry of `sums`.
+    """
+
+    count: int = 0
+    lows: list[float] = dataclasses.field(default_factory=list)
+    highs: list[float] = dataclasses.field(default_factory=list)
+    counts: npt.NDArray[np.int64] | None = None
+    sums: npt.NDArray[np.float64] | None = None
+    per_channel: int = 0
+
+    @property
+    def low(self) -> float:
+        """The smallest value seen; 0 if none was."""
+        return min(self.lows, default=0.0)
+
+    @property
+    def high(self) -> float:
+        """The largest value seen; 0 if none was."""
+        return max(self.highs, default=0.0)
+
+    @property
+    def finite(self) -> bool:
+        """Whether no infinity was seen."""
+        return bool(np.isfinite([self.low, self.high]).all())
+
+    def mean(self) -> npt.NDArray[np.float64]:
+        """Mean of each channel, float64 (channels,)."""
+        assert self.sums is not None
+        return self.sums / max(self.per_channel, 1)
+
+    def add(self, values: npt.NDArray[Any], *, histogram: bool, channels: bool) -> bool:
+        """Whether `values` (any shape, float32 or float16) held no NaN and were counted."""
+        if values.size == 0:
+            return True
+        low, high = float(values.min()), float(values.max())
+        if np.isnan(low) or np.isnan(high):
+            return False
+        self.count += values.size
+        self.lows.append(low)
+        self.highs.append(high)
+        if histogram:
+            added = count_bins(values)
+            self.counts = added if self.counts is None else self.counts + added
+        if channels and values.ndim >= 2:
+            axes = tuple(axis for axis in range(values.ndim) if axis != 1)
+            sums = values.sum(axis=axes, dtype=np.float64) if values.ndim == 2 else _sums(values)
+            self.sums = sums if self.sums is None else self.sums + sums
+            self.per_channel += values.size // max(values.shape[1], 1)
+        return True
+
+
+def _sums(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    # float32 pairwise sums along contiguous memory, float64 across them: fast, and exact enough
+    flat = values.reshape(values.shape[0], values.shape[1], -1)  # (N, C, pixels)
+    sums: npt.NDArray[np.float64] = flat.sum(axis=2).sum(axis=0, dtype=np.float64)
+    return sums
+
+
+def count_bins(values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """int64 (65536,): how many of `values` fall into each bin."""
+    flat = np.ascontiguousarray(values, np.float32).reshape(-1)
+    counts = np.zeros(BINS, np.int64)
+    for start in range(0, flat.size, _CHUNK):
+        upper = flat[start : start + _CHUNK].view(np.uint32) >> np.uint32(16)
+        counts += np.bincount(upper, minlength=BINS)
+    return counts
+
+
+def bin_values(
+    counts: npt.NDArray[np.int64],
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """The histogram sorted by value: centres of the filled bins, float64 (k,), and their counts."""
+    filled = np.flatnonzero(counts)
+    upper = filled.astype(np.uint32) << np.uint32(16)
+    lower_edge = upper.view(np.float32).astype(np.float64)
+    upper_edge = (upper | np.uint32(0xFFFF)).view(np.float32).astype(np.float64)
+    centres = np.where(filled % (BINS // 2) == 0, 0.0, (lower_edge + upper_edge) / 2)
+    order = np.argsort(centres, kind="stable")
+    return centres[order], counts[filled][order].astype(np.float64)

@@ -1,0 +1,175 @@
+"""The commands beside compilation: plan, inspect, verify, bench."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from qcompile.calib.split import Samples
+from qcompile.compiler import open_model
+from qcompile.errors import ModelError
+from qcompile.graph import io
+from qcompile.graph.edit import graphs
+from qcompile.inputs import input_specs, stand_in
+from qcompile.plan.make import make_plan
+from qcompile.plan.plan import Plan
+from qcompile.progress import Progress
+from qcompile.recipe import Recipe
+from qcompile.report import GOOD, INACCURATE
+from qcompile.run.probe import probe
+from qcompile.run.session import Options, Session, TensorInfo
+from qcompile.verify.compare import Reference
+from qcompile.verify.latency import race, typical_feeds
+from qcompile.verify.slices import parts_of
+
+
+def plan_of(model: str, data: str | None, recipe: Recipe, progress: Progress) -> Plan:
+    """The plan for a model, without calibration; with `data` the shapes are those of its first sample.
+
+    Raises:
+        QcompileError: as `compile_model`.
+    """
+    import dataclasses  # noqa: PLC0415
+
+    opened = open_model(model, data, recipe, None, progress)
+    request = dataclasses.replace(opened.request(), calibrated=recipe.static)
+    return make_plan(opened.prepared, opened.target, opened.facts, request)
+
+
+def inspect_model(path: str) -> dict[str, Any]:
+    """What a model is: inputs, outputs, operators, weights by type, whether it is quantized.
+
+    Raises:
+        ModelError: it cannot be read or loaded.
+    """
+    model = io.load(path)
+    session = Session(Path(path), Options("off"))
+    ops: Counter[str] = Counter()
+    weights: Counter[str] = Counter()
+    for graph in graphs(model):
+        ops.update(node.op_type for node in graph)
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                weights[str(value.const_value.dtype)] += value.const_value.nbytes
+    quantized = sum(
+        n
+        for op, n in ops.items()
+        if "Quantize" in op or "QLinear" in op or "Integer" in op or "NBits" in op
+    )
+    return {
+        "model": path, "mb": round(io.file_bytes(Path(path)) / 1e6, 3),
+        "opset": {domain or "ai.onnx": number for domain, number in model.opset_imports.items()},
+        "inputs": {i.name: _spell(i) for i in session.inputs}, "outputs": {o.name: _spell(o) for o in session.outputs},
+        "nodes": sum(ops.values()), "operators": dict(ops.most_common()),
+        "weights_mb": {kind: round(size / 1e6, 3) for kind, size in weights.most_common()},
+        "functions": len(model.functions), "graphs": sum(1 for _ in graphs(model)), "quantized_nodes": quantized,
+    }  # fmt: skip
+
+
+def _spell(info: TensorInfo) -> str:
+    return f"{info.dtype or '?'}[{', '.join('?' if d is None else str(d) for d in info.shape)}]"
+
+
+def verify_models(
+    fp32: str, quantized: str, data: str | None, recipe: Recipe, progress: Progress
+) -> tuple[dict[str, Any], int]:
+    """Errors of a quantized model on all samples, deployed and exact, and the exit code.
+
+    Raises:
+        QcompileError: a file is wrong, or the two models have different outputs.
+    """
+    model = io.load(fp32)
+    float_session, session = _pair(fp32, quantized, recipe)
+    exact = Session(Path(quantized), Options("off", threads=recipe.threads))
+    feeds, stood_in, feed = _feeds(model, float_session, data, recipe)
+    facts = probe(model, feed)
+    parts = {value.name or "": parts_of(value, facts) for value in model.graph.outputs}
+    reference = Reference(float_session, feeds, parts)
+    with progress.stage("comparing"):
+        deployed, plain = reference.compare(session), reference.compare(exact)
+    outputs = [
+        {
+            "name": n,
+            "slices": [e.to_dict() for e in errors],
+            "exact": [e.to_dict() for e in plain.outputs[n]],
+        }
+        for n, errors in deployed.outputs.items()
+    ]
+    warnings = deployed.problems()
+    if stood_in:
+        warnings.append(
+            "No data: measured on stand-in inputs, not on real ones. Give samples with --data."
+        )
+    missed = recipe.min_sqnr is not None and deployed.worst_db < recipe.min_sqnr
+    if missed:
+        warnings.insert(
+            0,
+            f"the worst output slice has {deployed.worst_db:.1f} dB SQNR, the limit is {recipe.min_sqnr:g} dB.",
+        )
+    table = {
+        "fp32": fp32,
+        "quantized": quantized,
+        "samples": deployed.samples,
+        "outputs": outputs,
+        "warnings": warnings,
+    }
+    return table, INACCURATE if missed or deployed.problems() else GOOD
+
+
+def bench_models(
+    fp32: str, quantized: str, data: str | None, recipe: Recipe, seconds: float, progress: Progress
+) -> dict[str, Any]:
+    """Latency of two models run in turn, on the typical feeds.
+
+    Raises:
+        QcompileError: a file is wrong, or the two models have different outputs.
+    """
+    model = io.load(fp32)
+    float_session, session = _pair(fp32, quantized, recipe)
+    feeds, stood_in, _ = _feeds(model, float_session, data, recipe)
+    rows = []
+    with progress.stage("timing"):
+        chosen = typical_feeds(list(feeds()))
+        for name, feed in chosen:
+            timing = race(
+                {"fp32": float_session, "quantized": session},
+                feed,
+                seconds=seconds / len(chosen),
+                most=5000,
+            )
+            rows.append({"feed": name, "fp32_ms": round(timing.ms["fp32"], 4), "quantized_ms": round(timing.ms["quantized"], 4),
+                         "speedup": round(timing.speedup["quantized"], 4), "rounds": timing.rounds})  # fmt: skip
+    sizes = {
+        "fp32": round(io.file_bytes(Path(fp32)) / 1e6, 3),
+        "quantized": round(io.file_bytes(Path(quantized)) / 1e6, 3),
+    }
+    return {"latency": rows, "size_mb": sizes, "inputs": "stand-in" if stood_in else "data"}
+
+
+def _pair(fp32: str, quantized: str, recipe: Recipe) -> tuple[Session, Session]:
+    options = Options("all", threads=recipe.threads)
+    io.load(quantized)
+    first, second = Session(Path(fp32), options), Session(Path(quantized), options)
+    missing = {o.name for o in first.outputs} - {o.name for o in second.outputs}
+    if missing:
+        raise ModelError(
+            f"{quantized} lacks the output {sorted(missing)[0]!r} of {fp32}: these are not the same model."
+        )
+    return first, second
+
+
+def _feeds(
+    model: ir.Model, session: Session, data: str | None, recipe: Recipe
+) -> tuple[Any, bool, Any]:
+    from qcompile.calib.data import open_data  # noqa: PLC0415
+
+    specs = input_specs(session, model)
+    if data is None:
+        feed = stand_in(specs)
+        return (lambda: iter([feed])), True, feed
+    source = open_data(data, specs, recipe.data)
+    Samples(source)  # refuses an empty source
+    return (lambda: iter(source)), False, next(iter(source))

@@ -1,0 +1,40 @@
+"""The errors of qcompile: each class says whose fault it is.
+
+A message is one sentence: what was found, where (node, tensor, file, key), and what to do.
+The command line prints it without a traceback and exits with 2, but for `PassError`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class QcompileError(Exception):
+    """Any failure that qcompile explains. Catch this one to catch them all."""
+
+
+class ModelError(QcompileError):
+    """The model cannot be read, is not valid, or holds what no quantized form can express."""
+
+
+class DataError(QcompileError):
+    """The calibration data does not fit the model, or holds NaN or infinities."""
+
+
+class RecipeError(QcompileError):
+    """An option, recipe, plan or target is wrong."""
+
+
+class OutputError(QcompileError):
+    """The result cannot be written where it should go."""
+
+
+class PassError(QcompileError):
+    """A pass broke its own contract: a defect of qcompile, not of its input."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the known name closest to `word`; empty if none is close."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""

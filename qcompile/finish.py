@@ -1,0 +1,267 @@
+"""The end of a compilation: the full verification, the files, the result."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+from qcompile.errors import ModelError, OutputError
+from qcompile.graph import io
+from qcompile.plan.candidates import Candidate
+from qcompile.plan.plan import Form
+from qcompile.progress import Progress
+from qcompile.report import GOOD, INACCURATE, NOT_FASTER, Result, to_markdown
+from qcompile.run.session import Options, Session, version
+from qcompile.search import History, timing_feeds
+from qcompile.verify.compare import Comparison
+from qcompile.verify.kernels import Kernels, optimized, verdicts
+from qcompile.verify.latency import race, typical_feeds
+from qcompile.version import __version__
+from qcompile.workshop import Attempt, Workshop
+
+if TYPE_CHECKING:
+    from qcompile.compiler import Opened
+
+_EXACT_SAMPLES = 4
+_QUANTIZABLE = (
+    "Conv",
+    "MatMul",
+    "Gemm",
+    "ConvTranspose",
+    "LSTM",
+    "GRU",
+    "RNN",
+    "Einsum",
+    "Attention",
+    "Gather",
+)
+
+
+def output_path(model: Any, output: str | Path | None) -> Path | None:
+    """Where the result goes.
+
+    Raises:
+        OutputError: it would be the input itself, or it cannot be written.
+    """
+    path = Path(model) if isinstance(model, str | Path) else None
+    if output is None:
+        if path is None:
+            return None
+        place = path.with_name(f"{path.stem}.int8.onnx")
+    else:
+        place = Path(output)
+    if path is not None and path.exists() and place.exists() and place.samefile(path):
+        raise OutputError(f"{place} is the input itself: choose another file with -o.")
+    io.check_writable(place)
+    return place
+
+
+def finish(
+    opened: Opened, shop: Workshop, best: Attempt, history: History, place: Path | None,
+    report: str | Path | None, start: float, show: Progress,
+) -> Result:  # fmt: skip
+    """The best attempt verified in full, written, and described."""
+    with show.stage("verifying"):
+        deployed = shop.judge(best)
+        exact_session = Session(best.model, Options("off", threads=shop.recipe.threads))
+        exact = shop.reference.compare(exact_session, _EXACT_SAMPLES)
+        del exact_session
+        graph = optimized(best.model, Options("all", threads=shop.recipe.threads))
+        kernels = verdicts(graph, best.model, best.plan, shop.found)
+        feeds = _latency(opened, best, shop.recipe.bench_seconds)
+    complaint = io.check(best.model)
+    if complaint:
+        raise ModelError(
+            f"the result is not a valid model: {complaint}. This is a defect of qcompile."
+        )
+    _describe(best.model, shop, best)
+    if place is not None:
+        with show.stage("writing"):
+            io.save(best.model, place)
+    before = _size(opened.path, opened.original)
+    after = _size(place, best.model)
+    speedup = min(row["speedup"] for row in feeds)
+    warnings = [*history.warnings, *_warnings(opened, shop, best, deployed, kernels)]
+    code, reason = _exit_code(shop, best, deployed, kernels, speedup, opened)
+    if reason:
+        warnings.insert(0, reason)
+    worst = min(feeds, key=lambda row: row["speedup"])
+    result = Result(
+        model=None if opened.path is None else str(opened.path), output=None if place is None else str(place),
+        target=shop.target.name, recipe=shop.recipe.name, format=best.form, ranges=best.method,
+        seconds=time.perf_counter() - start, peak_rss_mb=_peak_rss(),
+        size_mb={"before": before / 1e6, "after": after / 1e6},
+        latency={"fp32_ms": worst["fp32_ms"], "result_ms": worst["result_ms"], "speedup": speedup, "feeds": feeds},
+        outputs=_outputs(deployed, exact),
+        kernels={"integer": kernels.integer, "float": kernels.float, "leftover_qdq": kernels.leftover_qdq,
+                 "operators": dict(kernels.operators), "nodes": [dataclasses.asdict(v) for v in kernels.nodes]},
+        kept_float=_kept_float(shop, best),
+        samples={"calibration": opened.samples.calibration_count if opened.samples else 0,
+                 "held_out": opened.samples.held_out_count if opened.samples else 0},
+        warnings=warnings, notes=[*opened.notes, *history.notes], next_command=_next(opened, best, code),
+        exit_code=code, plan=[dataclasses.asdict(e) for e in best.plan.nodes],
+    )  # fmt: skip
+    if report is not None:
+        _write_report(Path(report), result, best)
+    return result
+
+
+def _latency(opened: Opened, best: Attempt, seconds: float) -> list[dict[str, Any]]:
+    rows = []
+    feeds = typical_feeds(timing_feeds(opened))
+    for name, feed in feeds:
+        timing = race(
+            {"fp32": opened.session, "result": best.session}, feed, seconds=seconds / len(feeds)
+        )
+        rows.append({"feed": name, "fp32_ms": timing.ms["fp32"], "result_ms": timing.ms["result"],
+                     "speedup": timing.speedup["result"], "rounds": timing.rounds})  # fmt: skip
+    return rows
+
+
+def _outputs(deployed: Comparison, exact: Comparison) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "slices": [e.to_dict() for e in errors],
+            "exact": [e.to_dict() for e in exact.outputs[name]],
+        }
+        for name, errors in deployed.outputs.items()
+    ]
+
+
+def _warnings(
+    opened: Opened, shop: Workshop, best: Attempt, deployed: Comparison, kernels: Kernels
+) -> list[str]:
+    found = deployed.problems()
+    if opened.samples is None:
+        convs = sum(1 for e in best.plan.of(Form.FLOAT) if e.op == "Conv")
+        if convs:
+            found.append(
+                f"No calibration data: {convs} Conv nodes stay float. Give samples with --data to quantize them."
+            )
+        found.append(
+            "No calibration data: errors and latency were measured on stand-in inputs, not on real ones."
+        )
+    elif opened.samples.shared:
+        found.append(
+            "Only one sample: it both calibrated and judged the result; give more with --data."
+        )
+    found += [
+        f"{v.node} ({v.op}) was planned as {v.form} but ORT runs {v.kernel}: {v.why}."
+        for v in kernels.missed
+    ]
+    goal = shop.recipe.sqnr_goal
+    if goal and deployed.worst_db < goal and shop.recipe.min_sqnr is None and best.plan.quantizes:
+        found.append(
+            f"The worst output slice has {deployed.worst_db:.1f} dB SQNR, below the goal of {goal:g} dB: judge the result by your own metric."
+        )
+    return found
+
+
+def _exit_code(
+    shop: Workshop,
+    best: Attempt,
+    deployed: Comparison,
+    kernels: Kernels,
+    speedup: float,
+    opened: Opened,
+) -> tuple[int, str]:
+    limit = shop.recipe.min_sqnr
+    if limit is not None and deployed.worst_db < limit:
+        return (
+            INACCURATE,
+            f"the worst output slice has {deployed.worst_db:.1f} dB SQNR, the limit is {limit:g} dB.",
+        )
+    if deployed.problems():
+        return INACCURATE, deployed.problems()[0]
+    if not best.plan.quantizes:
+        return NOT_FASTER, "nothing was quantized: " + _no_reason(shop, best, opened)
+    if speedup < 1.0:
+        return NOT_FASTER, f"the result is not faster than the float model: {speedup:.2f}x."
+    if len(kernels.missed) > len(kernels.nodes) // 20:
+        return (
+            NOT_FASTER,
+            f"{len(kernels.missed)} of {len(kernels.nodes)} planned nodes did not become integer kernels.",
+        )
+    return GOOD, ""
+
+
+def _no_reason(shop: Workshop, best: Attempt, opened: Opened) -> str:
+    rows = _kept_float(shop, best)
+    if opened.samples is None and any(row["op"] == "Conv" for row in rows):
+        return "its Conv nodes need calibration data, give it with --data."
+    if rows:
+        return f"{rows[0]['op']} {rows[0]['node']}: {rows[0]['why']}."
+    return "the model has no node with an integer kernel."
+
+
+def _kept_float(shop: Workshop, best: Attempt) -> list[dict[str, str]]:
+    """Nodes that a person would expect to be quantized, and are not."""
+    rows = []
+    for entry in best.plan.of(Form.FLOAT):
+        item = shop.found.get(entry.node)
+        if entry.op in _QUANTIZABLE and not (
+            entry.op == "Gather" and not isinstance(item, Candidate)
+        ):
+            rows.append({"node": entry.node, "op": entry.op, "why": entry.why})
+    return rows
+
+
+def _describe(model: ir.Model, shop: Workshop, best: Attempt) -> None:
+    """Where the file comes from, in its metadata."""
+    model.producer_name, model.producer_version = "qcompile", __version__
+    model.metadata_props.update(
+        {
+            "qcompile.version": __version__,
+            "qcompile.onnxruntime": version(),
+            "qcompile.target": shop.target.name,
+            "qcompile.recipe": shop.recipe.name,
+            "qcompile.format": best.form,
+            "qcompile.ranges": best.method,
+        }  # fmt: skip
+    )
+
+
+def _size(path: Path | None, model: ir.Model) -> int:
+    return io.file_bytes(path) if path is not None else io.weight_bytes(model)
+
+
+def _peak_rss() -> float:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def _next(opened: Opened, best: Attempt, code: int) -> str:
+    name = opened.path or "MODEL.onnx"
+    if opened.samples is None and any(e.op == "Conv" for e in best.plan.of(Form.FLOAT)):
+        return f"qcompile {name} --data FOLDER_OF_SAMPLES"
+    if code == INACCURATE:
+        return f"qcompile plan {name} --data DATA -o plan.json   # then set sensitive nodes to float: qcompile {name} --plan plan.json"
+    return f"qcompile {name} --report report/   # every node, its kernel and its reason"
+
+
+def _write_report(folder: Path, result: Result, best: Attempt) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in (
+            ("report.json", result.to_json()),
+            ("report.md", to_markdown(result)),
+            ("plan.json", best.plan.to_json()),
+        ):
+            (folder / name).write_text(text, "utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"the report could not be written to {folder}: {error.strerror}."
+        ) from error
+
+
+def finite(value: float) -> float | None:
+    """The number, or None for an infinite one."""
+    return None if math.isinf(value) else value

@@ -1,0 +1,1 @@
+"""The seam to onnx_ir: loading, saving, editing and printing graphs."""

@@ -1,0 +1,224 @@
+"""Reading and writing ONNX files: the only module, with `text`, that knows protobuf.
+
+Weights stay where they are: external data is memory-mapped when it is read, and streamed when it is
+written. A file appears under its final name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+
+from qcompile.errors import ModelError, OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+logger = logging.getLogger(__name__)
+
+MAX_OPSET = 27  # onnxruntime 1.32 has no QuantizeLinear kernel at 28
+# protobuf stops at 2 GiB: weights of more than this go to a data file
+EXTERNAL_BYTES = 1_500_000_000
+_UNREADABLE = (ValueError, TypeError, KeyError, RuntimeError, AttributeError, OSError)
+
+
+def load(source: str | Path | ir.Model | onnx.ModelProto) -> ir.Model:
+    """The model, its weights not yet read.
+
+    Raises:
+        ModelError: `source` is missing, not an ONNX model, truncated, or lacks its external data.
+    """
+    if isinstance(source, ir.Model):
+        return _checked(source.clone(), "the model given")
+    if isinstance(source, onnx.ModelProto):
+        try:
+            return _checked(ir.from_proto(source), "the model given")
+        except _UNREADABLE as error:
+            raise ModelError(f"the model given is not valid: {error}.") from error
+    path = Path(source)
+    if not path.exists():
+        raise ModelError(f"{path} does not exist: give the path of an ONNX model.")
+    if path.is_dir():
+        raise ModelError(f"{path} is a folder: give the path of the .onnx file inside it.")
+    if not os.access(path, os.R_OK):
+        raise ModelError(f"{path} cannot be read: check its permissions.")
+    try:
+        model = ir.load(path)
+    except DecodeError as error:
+        raise ModelError(
+            f"{path} is not an ONNX model, or is truncated ({path.stat().st_size} bytes): "
+            "export or copy it again."
+        ) from error
+    except _UNREADABLE as error:
+        raise ModelError(f"{path} cannot be read as an ONNX model: {error}.") from error
+    _check_external(model, path)
+    return _checked(model, str(path))
+
+
+def _checked(model: ir.Model, where: str) -> ir.Model:
+    if not len(model.graph) and not model.graph.inputs and not model.graph.outputs:
+        raise ModelError(f"{where} holds no graph: it is not an ONNX model, or is truncated.")
+    if not model.graph.outputs:
+        raise ModelError(f"{where} has no outputs: there is nothing to compile.")
+    if not model.opset_imports:
+        raise ModelError(f"{where} names no opset: it is not a valid ONNX model.")
+    return model
+
+
+def _check_external(model: ir.Model, path: Path) -> None:
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if not isinstance(tensor, ir.ExternalTensor):
+                continue
+            file = Path(tensor.path)
+            if not file.exists():
+                raise ModelError(
+                    f"the external data of tensor {value.name!r} is missing: {file} does not "
+                    f"exist. Put it beside {path.name}."
+                )
+            wanted = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+            if file.stat().st_size < wanted:
+                raise ModelError(
+                    f"the external data of tensor {value.name!r} is truncated: {file} has "
+                    f"{file.stat().st_size} bytes of at least {wanted}. Copy it again."
+                )
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers, in every scope."""
+    return sum(
+        value.const_value.nbytes
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if value.const_value is not None
+    )
+
+
+def to_bytes(model: ir.Model) -> bytes:
+    """The serialized model, weights included. Only for models below 2 GiB."""
+    data: bytes = _to_proto(model).SerializeToString()
+    return data
+
+
+def _to_proto(model: ir.Model) -> onnx.ModelProto:
+    """The model with its weights inside, wherever they came from."""
+    with _weights_inside(model):
+        proto: onnx.ModelProto = ir.to_proto(model)
+        return proto
+
+
+@contextlib.contextmanager
+def _weights_inside(model: ir.Model) -> Iterator[None]:
+    """Meanwhile no initializer refers to a file: such a reference holds in one folder only."""
+    held = [
+        (value, value.const_value)
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    ]
+    try:
+        for value, tensor in held:
+            value.const_value = ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
+        yield
+    finally:
+        for value, tensor in held:
+            value.const_value = tensor
+
+
+def file_bytes(path: Path) -> int:
+    """Size of a model on disk, with the external data files it names."""
+    files = {path}
+    for graph in ir.load(path).graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                files.add(Path(value.const_value.path))
+    return sum(file.stat().st_size for file in files)
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """`path` (and `path`.data for large weights) hold the model; each is replaced only when whole.
+
+    Raises:
+        OutputError: the folder is missing or cannot be written, or the disk is full.
+    """
+    with atomic(path) as temporary:
+        if weight_bytes(model) < EXTERNAL_BYTES:
+            temporary.write_bytes(to_bytes(model))
+            return
+        data = temporary.with_name(f"{path.name}.data")
+        ir.save(model, temporary, external_data=data.name)
+        if data.exists():  # not if every tensor is tiny
+            data.replace(path.with_name(data.name))
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A path in a fresh folder beside `path`; what was written there becomes `path` at the end.
+
+    Raises:
+        OutputError: the folder is missing or cannot be written, or the disk is full.
+    """
+    check_writable(path)
+    folder = None
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", dir=path.parent))
+        yield folder / path.name
+        (folder / path.name).replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} could not be written: {error.strerror or error}.") from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_writable(path: Path) -> None:
+    """Nothing, if a file can be created at `path`.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder: name a file with -o.")
+    if not path.parent.is_dir():
+        raise OutputError(f"the folder {path.parent} does not exist: create it, or change -o.")
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise OutputError(
+            f"{path} cannot be written: check permissions, or choose another with -o."
+        )
+
+
+def check(model: ir.Model) -> str | None:
+    """The ONNX checker's complaint about the model, if it has one."""
+    if weight_bytes(model) >= EXTERNAL_BYTES:
+        return None  # the checker wants a file; such models are checked by loading them in ORT
+    try:
+        onnx.checker.check_model(to_bytes(model))
+    except onnx.checker.ValidationError as error:
+        return str(error).strip().splitlines()[0]
+    return None
+
+
+def convert_opset(model: ir.Model, opset: int) -> ir.Model:
+    """The model at a newer default-domain opset, by onnx's own converter.
+
+    Raises:
+        ModelError: the converter cannot do it.
+    """
+    try:
+        proto = onnx.version_converter.convert_version(_to_proto(model), opset)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ModelError(f"the model cannot be raised to opset {opset}: {reason}.") from error
+    converted = ir.from_proto(proto)
+    converted.ir_version = max(model.ir_version, 8)
+    return converted

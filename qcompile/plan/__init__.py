@@ -1,0 +1,1 @@
+"""Plans: what becomes of each node, decided from costs, as data."""

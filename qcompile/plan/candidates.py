@@ -1,0 +1,311 @@
+"""Which nodes could be integer, in which role, and why the others could not.
+
+Roles: `conv` has 8-bit codes in and out and an 8-bit weight; `binary`, `unary`, `pool`, `concat` map
+codes to codes; `same` moves codes about without changing them; `free` only changes what the codes
+mean (a product or sum with a number); `dynamic` (MatMul, Gemm) and `recurrent` take floats and find
+the scale themselves; `embedding` looks up 8-bit rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompile.graph.edit import array, attribute, is_op, scalar, sole_user
+from qcompile.run.probe import Fact
+from qcompile.targets.schema import OpRow, Role, Target
+
+Facts = Mapping[str, Fact]
+AnyRole = Role | Literal["free"]
+
+_MOVES = (
+    "MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split",
+    "DepthToSpace", "Gather", "Resize",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A node that can be integer.
+
+    Attributes:
+        node: the node.
+        role: how it is quantized.
+        row: the target's row; None for `free`.
+        data: the values that it reads as codes (as floats for `dynamic` and `recurrent`).
+        absorbed: nodes after it that become part of it: Relu or Clip as saturation of its output, the
+            Add of a bias after a MatMul.
+    """
+
+    node: ir.Node
+    role: AnyRole
+    row: OpRow | None
+    data: tuple[ir.Value, ...]
+    absorbed: tuple[ir.Node, ...] = ()
+
+    @property
+    def result(self) -> ir.Value:
+        """The value that carries the codes it makes: behind what it absorbs."""
+        return (self.absorbed[-1] if self.absorbed else self.node).outputs[0]
+
+
+def candidate(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
+    """The candidate for a node, or the reason why it stays float."""
+    if node.domain not in ("", "ai.onnx"):
+        return f"operator of domain {node.domain}"
+    if node.op_type in target.refused:
+        return target.refused[node.op_type]
+    finder = _FINDERS.get(node.op_type)
+    if finder is None:
+        return "no integer kernel"
+    return finder(node, target, facts)
+
+
+def _is_float32(value: ir.Value | None, facts: Facts) -> bool:
+    if value is None or value.name is None:
+        return False
+    fact = facts.get(value.name)
+    if fact is not None and fact.dtype is not None:
+        return bool(fact.dtype == np.float32)
+    return value.dtype == ir.DataType.FLOAT
+
+
+def _dtype_reason(value: ir.Value | None, facts: Facts) -> str:
+    fact = facts.get(value.name or "") if value is not None else None
+    kind = "an unknown type" if fact is None or fact.dtype is None else str(fact.dtype)
+    return f"works on {kind}, integer kernels take float32"
+
+
+def _conv(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
+    x, w = node.inputs[0], node.inputs[1]
+    if x is None or not _is_float32(x, facts):
+        return _dtype_reason(x, facts)
+    weight = array(w)
+    if weight is None:
+        return "its weight is not constant"
+    if len(node.inputs) > 2 and node.inputs[2] is not None and array(node.inputs[2]) is None:
+        return "its bias is not constant"
+    if weight.size == 0:
+        return "its weight is empty"
+    group = attribute(node, "group", 1)
+    variant = ""
+    if group > 1:
+        depthwise = group == weight.shape[0] and weight.shape[1] == 1
+        variant = "depthwise" if depthwise else "grouped"
+    elif weight.shape[1] <= 4:
+        variant = "few_inputs"
+    row = target.row("Conv", variant)
+    assert row is not None
+    return Candidate(node, "conv", row, (x,), _saturated(node.outputs[0]))
+
+
+def _saturated(value: ir.Value) -> tuple[ir.Node, ...]:
+    """A Relu or Clip that alone reads `value` and whose bounds include zero."""
+    user = sole_user(value)
+    if user is None or user.graph is not value.graph:
+        return ()
+    return (user,) if clip_bounds(user) is not None else ()
+
+
+def clip_bounds(node: ir.Node) -> tuple[float, float] | None:
+    """The bounds of a Relu or a Clip with constant bounds around zero, else None."""
+    if is_op(node, "Relu"):
+        return 0.0, float("inf")
+    if not is_op(node, "Clip"):
+        return None
+    if len(node.inputs) == 1:  # opset 6
+        low = attribute(node, "min", -float("inf"))
+        high = attribute(node, "max", float("inf"))
+        return (low, high) if low <= 0 <= high else None
+    bounds = [-float("inf"), float("inf")]
+    for i, value in enumerate(node.inputs[1:3]):
+        if value is not None:
+            number = scalar(value)
+            if number is None:
+                return None
+            bounds[i] = number
+    return (bounds[0], bounds[1]) if bounds[0] <= 0 <= bounds[1] else None
+
+
+def _linear(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
+    a, b = node.inputs[0], node.inputs[1]
+    if a is None or not _is_float32(a, facts):
+        return _dtype_reason(a, facts)
+    weight = array(b)
+    if weight is None:
+        if array(a) is not None:
+            return "its constant operand is the first one"
+        return "both operands are activations"
+    if weight.ndim != 2 or weight.size == 0:
+        return f"its weight has {weight.ndim} dimensions, the integer kernel takes 2"
+    if node.op_type == "Gemm":
+        if attribute(node, "transA", 0):
+            return "transA is set"
+        if len(node.inputs) > 2 and node.inputs[2] is not None:
+            bias = array(node.inputs[2])
+            if bias is None:
+                return "its bias is not constant"
+    if not np.isfinite(weight).all():
+        return "its weight holds NaN or infinities"
+    row = target.row(node.op_type)
+    assert row is not None
+    fact = facts.get(node.outputs[0].name or "")
+    depth = weight.shape[1] if attribute(node, "transB", 0) else weight.shape[0]
+    if fact is not None and fact.shape is not None and fact.elements * depth < row.min_macs:
+        return f"too small to gain ({fact.elements * depth} multiply-accumulates)"
+    return Candidate(node, "dynamic", row, (a,), _bias_add(node, weight))
+
+
+def _bias_add(node: ir.Node, weight: npt.NDArray[Any]) -> tuple[ir.Node, ...]:
+    """The Add of a constant per output channel that alone reads a MatMul."""
+    user = sole_user(node.outputs[0]) if is_op(node, "MatMul") else None
+    if user is None or not is_op(user, "Add") or user.graph is not node.graph:
+        return ()
+    other = user.inputs[1] if user.inputs[0] is node.outputs[0] else user.inputs[0]
+    bias = array(other)
+    per_channel = (
+        bias is not None and bias.shape[-1:] == weight.shape[1:] and bias.size == weight.shape[1]
+    )
+    return (user,) if per_channel and bias is not None and bias.dtype == np.float32 else ()
+
+
+def _recurrent(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
+    row = target.row("LSTM")
+    if row is None:
+        return "no integer kernel"
+    if not _is_float32(node.inputs[0], facts):
+        return _dtype_reason(node.inputs[0], facts)
+    if any(array(value) is None for value in node.inputs[1:3]):
+        return "its weights are not constant"
+    if attribute(node, "layout", 0):
+        return "layout 1 has no kernel"
+    assert node.inputs[0] is not None
+    return Candidate(node, "recurrent", row, (node.inputs[0],))
+
+
+def _binary(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
+    a, b = node.inputs
+    if a is None or b is None or not _is_float32(a, facts) or not _is_float32(b, facts):
+        return _dtype_reason(a, facts)
+    constants = [array(a) is not None, array(b) is not None]
+    if all(constants):
+        return "constant"
+    if any(constants):
+        number = scalar(a if constants[0] else b)
+        if number is None:
+            return "an operand is a constant tensor"
+        if node.op_type == "Mul" and not (1e-6 < number < 1e6):
+            return f"a product with {number:g}"
+        if not np.isfinite(number):
+            return f"an operand is {number}"
+        other = b if constants[0] else a
+        if node.op_type == "Add" and is_op(other.producer(), "Sigmoid", "HardSigmoid"):
+            return "its input's scale is fixed by the operator"
+        return Candidate(node, "free", None, (b if constants[0] else a,))
+    row = target.row(node.op_type)
+    assert row is not None
+    if not _broadcasts_simply(a, b, facts):
+        return "broadcasting of both operands"
+    return Candidate(node, "binary", row, (a, b), _saturated(node.outputs[0]))
+
+
+def _broadcasts_simply(a: ir.Value, b: ir.Value, facts: Facts) -> bool:
+    first, second = facts.get(a.name or ""), facts.get(b.name or "")
+    if first is None or second is None or first.shape is None or second.shape is None:
+        return True
+    out = np.broadcast_shapes(first.shape, second.shape)
+    return out in (first.shape, second.shape)
+
+
+def _unary(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
+    x = node.inputs[0]
+    if x is None or not _is_float32(x, facts):
+        return _dtype_reason(x, facts)
+    if is_op(node, "Relu", "Clip") and clip_bounds(node) is None:
+        return "its bounds are not constant, or do not include zero"
+    if is_op(node, "HardSigmoid") and not 0 < attribute(node, "beta", 0.5) < 1:
+        return "beta is not between 0 and 1"
+    row = target.row(node.op_type)
+    if row is None:
+        return "no integer kernel"
+    return Candidate(node, "unary", row, (x,))
+
+
+def _pool(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
+    x = node.inputs[0]
+    if x is None or not _is_float32(x, facts):
+        return _dtype_reason(x, facts)
+    row = target.row("GlobalAveragePool")
+    assert row is not None
+    return Candidate(node, "pool", row, (x,))
+
+
+def _concat(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
+    data = tuple(value for value in node.inputs if value is not None)
+    if not all(_is_float32(value, facts) for value in data):
+        return _dtype_reason(data[0], facts)
+    if any(array(value) is not None for value in data):
+        return "an operand is constant"
+    if any(
+        facts[value.name or ""].elements == 0
+        for value in data
+        if value.name in facts and facts[value.name or ""].shape is not None
+    ):
+        return "an operand is empty"
+    row = target.row("Concat")
+    assert row is not None
+    return Candidate(node, "concat", row, data)
+
+
+def _same(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
+    x = node.inputs[0]
+    if x is None or not _is_float32(x, facts) or array(x) is not None:
+        return _dtype_reason(x, facts)
+    variant = ""
+    if is_op(node, "Gather"):
+        return _gather(node, target, facts)
+    if is_op(node, "MaxPool") and (
+        len(node.outputs) > 1 or len(facts.get(x.name or "", Fact(None, ())).shape or ()) != 4
+    ):
+        return "returns indices, or is not 2-D"
+    if is_op(node, "Resize") and attribute(node, "mode", "nearest") != "nearest":
+        return f"no integer kernel for mode {attribute(node, 'mode', '')}"
+    row = target.row(node.op_type, variant)
+    if row is None:
+        return "no integer kernel"
+    return Candidate(node, "same", row, (x,))
+
+
+def _gather(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
+    table, indices = node.inputs[0], node.inputs[1]
+    weight = array(table)
+    if (
+        table is None
+        or (not _is_float32(table, facts)
+        and (weight is None or weight.dtype != np.float32))
+    ):
+        return _dtype_reason(table, facts)
+    if weight is None:
+        row = target.row("Gather", "select")
+        if row is None or array(indices) is None:
+            return "indices into an activation"
+        return Candidate(node, "same", row, (table,))
+    row = target.row("Gather")
+    if row is None or weight.ndim != 2 or attribute(node, "axis", 0) != 0:
+        return "not a lookup of rows"
+    if weight.nbytes < row.min_bytes:
+        return f"too small to gain ({weight.nbytes} bytes)"
+    return Candidate(node, "embedding", row, ())
+
+
+_FINDERS = {
+    "Conv": _conv, "MatMul": _linear, "Gemm": _linear, "LSTM": _recurrent,
+    "Add": _binary, "Mul": _binary,
+    "Sigmoid": _unary, "HardSigmoid": _unary, "LeakyRelu": _unary, "Relu": _unary, "Clip": _unary,
+    "GlobalAveragePool": _pool, "Concat": _concat, **dict.fromkeys(_MOVES, _same), "Gather": _gather,
+}  # fmt: skip

@@ -1,0 +1,247 @@
+"""Makes the plan: the cheapest assignment of forms, as a minimum cut.
+
+Every node that can be static costs so much as an integer kernel and so much as a float one; every
+tensor between the two costs a QuantizeLinear or a DequantizeLinear, once however many read it. The
+assignment of least total cost is a minimum cut of a graph with one vertex a node and one a tensor
+(Greig, Porteous and Seheult 1989), found exactly by SciPy's maximum flow. An integer island that does
+not pay for its borders thus stays float without a rule that says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+
+import numpy as np
+import onnx_ir as ir
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import breadth_first_order, maximum_flow
+
+from qcompile.graph.edit import attribute, graphs
+from qcompile.plan.candidates import Candidate, Facts, candidate
+from qcompile.plan.plan import Form, NodePlan, Plan
+from qcompile.targets.schema import Target
+
+_STATIC = ("conv", "binary", "unary", "pool", "concat", "same", "free")
+_UNIT = 10.0  # nanoseconds: capacities are int32
+_INFINITE = 1 << 29
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What limits a plan.
+
+    Attributes:
+        calibrated: there is data, so static forms are possible.
+        keep_float: node names -> why they must stay float.
+        forms: forms that a person or a measurement fixed, by node name.
+        dynamic: dynamic forms are allowed.
+    """
+
+    calibrated: bool = True
+    keep_float: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    forms: Mapping[str, Form] = dataclasses.field(default_factory=dict)
+    dynamic: bool = True
+
+
+def find_candidates(model: ir.Model, target: Target, facts: Facts) -> dict[str, Candidate | str]:
+    """For every node of every graph, by name, its candidate or the reason why it stays float."""
+    found: dict[str, Candidate | str] = {}
+    for graph in graphs(model):
+        for node in graph:
+            result = candidate(node, target, facts)
+            if (
+                graph is not model.graph
+                and isinstance(result, Candidate)
+                and result.role in _STATIC
+            ):
+                result = "inside a control-flow body, where ranges are not observed yet"
+            found[node.name or ""] = result
+    return found
+
+
+def make_plan(
+    model: ir.Model, target: Target, facts: Facts, request: Request,
+    found: Mapping[str, Candidate | str] | None = None,
+) -> Plan:  # fmt: skip
+    """The plan of least cost for the shapes in `facts`."""
+    found = find_candidates(model, target, facts) if found is None else found
+    static = {
+        name: item
+        for name, item in found.items()
+        if isinstance(item, Candidate) and item.role in _STATIC and _allowed(name, item, request)
+    }
+    linear = {
+        name: item
+        for name, item in found.items()
+        if isinstance(item, Candidate) and item.role == "dynamic" and request.dynamic
+        and _allowed(name, item, request)
+    }  # fmt: skip
+    absorbed = {n.name or "": c for c in (*static.values(), *linear.values()) for n in c.absorbed}
+    for name in absorbed:
+        static.pop(name, None)
+    chosen = _cut(static, target, facts, request) if request.calibrated else set()
+    chosen |= linear.keys()
+    entries = []
+    for name, item in found.items():
+        entries.append(_entry(name, item, chosen, static, absorbed, target, request, model))
+    return Plan(target.name, target.activation, tuple(entries))
+
+
+def _allowed(name: str, item: Candidate, request: Request) -> bool:
+    names = [name, *(n.name or "" for n in item.absorbed)]
+    return not any(n in request.keep_float or request.forms.get(n) == Form.FLOAT for n in names)
+
+
+def _entry(
+    name: str, item: Candidate | str, chosen: AbstractSet[str], static: Mapping[str, Candidate],
+    absorbed: Mapping[str, Candidate], target: Target, request: Request, model: ir.Model,
+) -> NodePlan:  # fmt: skip
+    op = item.node.op_type if isinstance(item, Candidate) else _op_type(model, name)
+    if name in request.keep_float:
+        return NodePlan(name, op, Form.FLOAT, why=request.keep_float[name])
+    if request.forms.get(name) == Form.FLOAT:
+        return NodePlan(name, op, Form.FLOAT, why="set in the plan")
+    if name in absorbed and (absorbed[name].node.name or "") in chosen:
+        return NodePlan(name, op, Form.ABSORBED, why=f"part of {absorbed[name].node.name}")
+    if isinstance(item, str):
+        return NodePlan(name, op, Form.FLOAT, why=item)
+    if item.role in ("dynamic", "recurrent"):
+        if not request.dynamic or (item.role == "dynamic" and name not in chosen):
+            return NodePlan(name, op, Form.FLOAT, why="dynamic quantization is off")
+        axis = 1 if item.role == "dynamic" else 0
+        if item.role == "dynamic" and attribute(item.node, "transB", 0):
+            axis = 0
+        scheme = target.weight.replace("axis0", f"axis{axis}")
+        return NodePlan(name, op, Form.DYNAMIC, scheme, "integer kernel, scale found at run time")
+    if item.role == "embedding":
+        return NodePlan(name, op, Form.WEIGHT, "int8.axis0.sym", "8-bit rows, looked up")
+    if name in chosen:
+        if item.role == "free":
+            return NodePlan(name, op, Form.FREE, why="only changes scale and zero point")
+        weight = target.weight if item.role == "conv" else ""
+        return NodePlan(name, op, Form.STATIC, weight, "integer kernel")
+    if not request.calibrated:
+        return NodePlan(name, op, Form.FLOAT, why="needs calibration data: give --data")
+    if name in static:
+        return NodePlan(name, op, Form.FLOAT, why="an integer kernel would not pay for its borders")
+    return NodePlan(name, op, Form.FLOAT, why="not asked for")
+
+
+def _op_type(model: ir.Model, name: str) -> str:
+    index = model.meta.get("qcompile.op_types")
+    if index is None:
+        index = {node.name: node.op_type for graph in graphs(model) for node in graph}
+        model.meta["qcompile.op_types"] = index
+    return str(index.get(name, ""))
+
+
+class _Network:
+    """A flow network under construction; vertex 0 is the integer side, 1 the float side."""
+
+    def __init__(self) -> None:
+        self.size = 2
+        self._edges: dict[tuple[int, int], int] = {}
+
+    def vertex(self) -> int:
+        self.size += 1
+        return self.size - 1
+
+    def edge(self, start: int, end: int, ns: float | None) -> None:
+        """`ns` None: never cut."""
+        units = _INFINITE if ns is None else min(_INFINITE, max(0, round(ns / _UNIT)))
+        if units and start != end:
+            key = (start, end)
+            self._edges[key] = min(_INFINITE, self._edges.get(key, 0) + units)
+
+    def integer_side(self) -> set[int]:
+        """The vertices on the integer side of a minimum cut."""
+        if not self._edges:
+            return {0}
+        rows, columns = (np.array(axis, np.int32) for axis in zip(*self._edges, strict=True))
+        capacity = csr_array(
+            (np.array(list(self._edges.values()), np.int32), (rows, columns)),
+            shape=(self.size, self.size),
+        )
+        flow = maximum_flow(capacity, 0, 1).flow
+        residual = csr_array(capacity - flow)
+        residual.eliminate_zeros()
+        return set(map(int, breadth_first_order(residual, 0, return_predecessors=False)))
+
+
+def _cut(
+    static: Mapping[str, Candidate], target: Target, facts: Facts, request: Request
+) -> set[str]:
+    """The names of the nodes that become integer."""
+    network = _Network()
+    vertex = {name: network.vertex() for name in static}
+    producer = {item.result: name for name, item in static.items()}
+    for name, item in static.items():
+        for value in item.node.outputs[1:]:
+            producer[value] = name
+    hidden = {id(n) for item in static.values() for n in item.absorbed}
+    readers: dict[ir.Value, list[str]] = {}
+    for name, item in static.items():
+        as_float, as_int = node_costs(item, facts)
+        if request.forms.get(name) in (Form.STATIC, Form.FREE):
+            network.edge(0, vertex[name], None)
+        network.edge(0, vertex[name], as_float)
+        network.edge(vertex[name], 1, as_int)
+        for value in dict.fromkeys(item.data):
+            readers.setdefault(value, []).append(name)
+    for value in dict.fromkeys([*readers, *producer]):
+        codes = readers.get(value, [])
+        code_nodes = {id(static[name].node) for name in codes}
+        floats = value.is_graph_output() or any(
+            id(use.node) not in code_nodes and id(use.node) not in hidden for use in value.uses()
+        )
+        to_codes, to_float = border_costs(value, target, facts)
+        made_by = vertex[producer[value]] if value in producer else 1
+        if codes:
+            gate = network.vertex()
+            network.edge(gate, made_by, to_codes)
+            for name in codes:
+                network.edge(vertex[name], gate, None)
+        if value in producer:
+            if floats:
+                network.edge(made_by, 1, to_float)
+            elif codes:
+                gate = network.vertex()
+                network.edge(made_by, gate, to_float)
+                for name in codes:
+                    network.edge(gate, vertex[name], None)
+    side = network.integer_side()
+    return {name for name, number in vertex.items() if number in side}
+
+
+def node_costs(item: Candidate, facts: Facts) -> tuple[float, float]:
+    """Nanoseconds of a node as float and as integer, borders not counted."""
+    fact = facts.get(item.node.outputs[0].name or "")
+    elements = fact.elements if fact is not None else 0
+    source = facts.get(item.data[0].name or "") if item.data else None
+    inputs = source.elements if source is not None else 0
+    if item.row is None:  # a product or sum with a number: free as integer
+        return 0.19 * elements, 0.0
+    macs = 0.0
+    if item.role == "conv":
+        weight = item.node.inputs[1]
+        assert weight is not None and weight.shape is not None
+        macs = elements * float(np.prod([int(d) for d in list(weight.shape)[1:]]))  # type: ignore[arg-type]
+    return item.row.float.ns(macs, elements, inputs), item.row.int8.ns(macs, elements, inputs)
+
+
+def border_costs(value: ir.Value, target: Target, facts: Facts) -> tuple[float, float]:
+    """Nanoseconds of a QuantizeLinear and of a DequantizeLinear on a value."""
+    fact = facts.get(value.name or "")
+    elements = fact.elements if fact is not None else 0
+    border = target.boundary
+    layout = (
+        border.layout
+        if fact is not None and fact.shape is not None and len(fact.shape) == 4
+        else 0.0
+    )
+    return (
+        border.overhead + elements * (border.quantize + layout),
+        border.overhead + elements * (border.dequantize + layout),
+    )

@@ -1,0 +1,50 @@
+"""The first phase: float rewrites that need no data and leave the function as it was."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from passes.drop_identity import DropIdentity
+from passes.fold_affine import FoldAffine
+from passes.fold_batchnorm import FoldBatchnorm
+from passes.fold_constants import FoldConstants
+from passes.fold_gate import FoldGate
+from passes.fuse_hard_swish import FuseHardSwish
+from passes.name_nodes import NameNodes
+from qcompile.errors import ModelError
+from qcompile.graph import io
+from qcompile.step import Outcome, Pass, run_pass
+
+logger = logging.getLogger(__name__)
+
+PASSES: Sequence[Pass] = (
+    NameNodes(), FoldConstants(), DropIdentity(), FoldBatchnorm(), FoldAffine(), FuseHardSwish(), FoldGate(),
+)  # fmt: skip
+
+
+OPSET = 13  # per-axis DequantizeLinear; 8-bit MaxPool needs 12
+
+
+def prepare(model: ir.Model) -> tuple[ir.Model, dict[str, Outcome]]:
+    """The model rewritten, and what each pass did, by pass name. The one given may be changed.
+
+    Local functions are inlined, the opset is raised where 8-bit types need it, Constant nodes
+    become initializers, unread nodes go.
+    """
+    if (model.ir_version or 0) < 4:  # initializers had to be inputs as well; nobody feeds them
+        common.RemoveInitializersFromInputsPass()(model)
+    common.InlinePass()(model)
+    if model.opset_imports.get("", OPSET) < OPSET and io.weight_bytes(model) < io.EXTERNAL_BYTES:
+        try:
+            model = io.convert_opset(model, OPSET)
+        except ModelError as error:
+            logger.warning("%s The integer kernels that need it are not used.", error)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.RemoveUnusedNodesPass()(model)
+    outcomes = {step.name: run_pass(step, model) for step in PASSES}
+    common.RemoveUnusedNodesPass()(model)
+    return model, outcomes

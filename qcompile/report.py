@@ -1,0 +1,138 @@
+"""What a compilation found out: one dataclass, printed as a table, JSON or Markdown."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+GOOD, WRONG_INPUT, INACCURATE, NOT_FASTER = 0, 2, 3, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The outcome of `compile_model`.
+
+    Attributes:
+        model, output: paths, or None for models in memory.
+        target, recipe, format, ranges: what was used.
+        seconds: wall time of the compilation.
+        peak_rss_mb: most resident memory of the process, in 10^6 bytes.
+        size_mb: `before` and `after`, with external data, in 10^6 bytes.
+        latency: `fp32_ms`, `result_ms`, `speedup` on the feed that gained least, and `feeds` with all.
+        outputs: per output its name and `slices`, deployed; `exact` with optimizations off.
+        kernels: counts of the optimized graph (`integer`, `float`, `leftover_qdq`), and `nodes`.
+        kept_float: nodes of the kinds that can be integer but stayed float, with the reason.
+        plan: the plan as a JSON-able table.
+        samples: `calibration`, `held_out`.
+        warnings: sentences.
+        notes: what was guessed, sentences.
+        next_command: a command worth trying next.
+        exit_code: 0 good, 3 an accuracy limit missed, 4 not faster or not fused as planned.
+    """
+
+    model: str | None
+    output: str | None
+    target: str
+    recipe: str
+    format: str
+    ranges: str
+    seconds: float
+    peak_rss_mb: float
+    size_mb: dict[str, float]
+    latency: dict[str, Any]
+    outputs: list[dict[str, Any]]
+    kernels: dict[str, Any]
+    kept_float: list[dict[str, str]]
+    samples: dict[str, int]
+    warnings: list[str]
+    notes: list[str]
+    next_command: str
+    exit_code: int
+    plan: list[dict[str, str]] = dataclasses.field(default_factory=list)
+
+    def to_json(self) -> str:
+        """One JSON object."""
+        return json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False)
+
+    @property
+    def worst_db(self) -> float | None:
+        """The lowest SQNR of any output slice; None if all outputs are equal."""
+        values = [
+            s["sqnr_db"] for o in self.outputs for s in o["slices"] if s["sqnr_db"] is not None
+        ]
+        return min(values, default=None)
+
+    def verdict(self) -> str:
+        """One sentence: what the result is."""
+        speed = self.latency.get("speedup")
+        size = self.size_mb["before"] / max(self.size_mb["after"], 1e-9)
+        if self.exit_code == NOT_FASTER:
+            return f"NOT a success: {self.warnings[0] if self.warnings else 'the result is not faster.'}"
+        if self.exit_code == INACCURATE:
+            return f"NOT accurate enough: {self.warnings[0] if self.warnings else ''}"
+        shown = "not timed" if speed is None else f"{speed:.2f}x as fast"
+        return f"{shown}, {size:.1f}x smaller"
+
+
+def grouped_float(result: Result, most: int = 8) -> list[tuple[str, str, int, str]]:
+    """What stayed float by (operator, reason): count and an example, most frequent first."""
+    counts: Counter[tuple[str, str]] = Counter()
+    example: dict[tuple[str, str], str] = {}
+    for row in result.kept_float:
+        key = (row["op"], row["why"])
+        counts[key] += 1
+        example.setdefault(key, row["node"])
+    return [(op, why, n, example[op, why]) for (op, why), n in counts.most_common(most)]
+
+
+def to_markdown(result: Result) -> str:
+    """The report as a document."""
+    lines = [
+        f"# {Path(result.output).name if result.output else 'result'}: {result.verdict()}", "",
+        f"Compiled from `{result.model}` for `{result.target}`, recipe `{result.recipe}`, format `{result.format}`, "
+        f"ranges `{result.ranges}`, in {result.seconds:.1f} s and {result.peak_rss_mb:.0f} MB; "
+        f"{result.samples['calibration']} calibration and {result.samples['held_out']} held-out samples.", "",
+        "| | FP32 | result | |", "|---|---|---|---|",
+        f"| size, MB | {result.size_mb['before']:.2f} | {result.size_mb['after']:.2f} | "
+        f"{result.size_mb['before'] / max(result.size_mb['after'], 1e-9):.2f}x smaller |",
+    ]  # fmt: skip
+    for row in result.latency.get("feeds", []):
+        lines.append(  # noqa: PERF401
+            f"| latency, ms ({row['feed']}) | {row['fp32_ms']:.2f} | {row['result_ms']:.2f} | {row['speedup']:.2f}x |"
+        )
+    lines += [
+        "",
+        "## Error of the outputs on held-out samples",
+        "",
+        "| output | slice | SQNR dB | cosine | agreement | exact SQNR dB |",
+        "|---|---|---|---|---|---|",
+    ]
+    for output in result.outputs:
+        exact = {s["slice"]: s for s in output.get("exact", [])}
+        for part in output["slices"]:
+            before = exact.get(part["slice"], {}).get("sqnr_db")
+            lines.append(
+                f"| {output['name']} | {part['slice']} | {_db(part['sqnr_db'])} | {part['cosine']:.5f} | "
+                f"{'' if part['agreement'] is None else format(part['agreement'], '.2%')} | {_db(before)} |"
+            )
+    lines += ["", "## Kernels", "", f"{result.kernels['integer']} nodes on integer kernels, {result.kernels['float']} float Conv/MatMul-like nodes, "
+              f"{result.kernels['leftover_qdq']} QuantizeLinear/DequantizeLinear left.", "", "| node | op | planned | ORT runs | verdict |", "|---|---|---|---|---|"]  # fmt: skip
+    lines += [
+        f"| {v['node']} | {v['op']} | {v['form']} | {v['kernel']} | {v['verdict']} {v['why']} |"
+        for v in result.kernels["nodes"]
+    ]
+    lines += ["", "## Left float", "", "| op | reason | nodes | for example |", "|---|---|---|---|"]
+    lines += [
+        f"| {op} | {why} | {n} | {node} |" for op, why, n, node in grouped_float(result, 1000)
+    ]
+    for title, sentences in (("Warnings", result.warnings), ("Notes", result.notes)):
+        if sentences:
+            lines += ["", f"## {title}", ""] + [f"- {s}" for s in sentences]
+    return "\n".join(lines) + "\n"
+
+
+def _db(value: float | None) -> str:
+    return "equal" if value is None else f"{value:.1f}"

@@ -1,0 +1,141 @@
+"""Sessions of ONNX Runtime: the only module, with `profile`, that imports it.
+
+`exact` sessions run the graph as it is written (no optimization); `deployed` ones run what the user
+will get (ORT_ENABLE_ALL).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import onnxruntime as ort
+
+from qcompile.errors import ModelError
+from qcompile.graph import io
+
+Level = Literal["off", "basic", "extended", "all"]
+Feed = Mapping[str, npt.NDArray[Any]]
+
+_LEVELS = {
+    "off": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+
+_DTYPES: dict[str, Any] = {
+    "float": np.float32, "double": np.float64, "float16": np.float16,
+    "int8": np.int8, "uint8": np.uint8, "int16": np.int16, "uint16": np.uint16,
+    "int32": np.int32, "uint32": np.uint32, "int64": np.int64, "uint64": np.uint64,
+    "bool": np.bool_, "string": np.object_,
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a model is run.
+
+    Attributes:
+        level: graph optimization level.
+        threads: intra-op threads; 0 leaves the choice to ORT.
+        profile: file prefix for a profile, or None.
+        optimized: file that receives the optimized graph, or None.
+        config: further session configuration entries.
+    """
+
+    level: Level = "all"
+    threads: int = 0
+    profile: str | None = None
+    optimized: Path | None = None
+    config: tuple[tuple[str, str], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """One input or output of a loaded model; `dtype` is None for what numpy cannot hold."""
+
+    name: str
+    dtype: np.dtype[Any] | None
+    shape: tuple[int | str | None, ...]
+
+
+class Session:
+    """A model loaded by ONNX Runtime on the CPU."""
+
+    def __init__(self, model: ir.Model | Path, options: Options | None = None) -> None:
+        """Raises: ModelError if ORT refuses the model; the message is ORT's first line."""
+        self.options = options or Options()
+        settings = ort.SessionOptions()
+        settings.log_severity_level = 4
+        settings.graph_optimization_level = _LEVELS[self.options.level]
+        settings.intra_op_num_threads = self.options.threads
+        # An idle session that spins would slow down the one it is compared with.
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        for key, text in self.options.config:
+            settings.add_session_config_entry(key, text)
+        if self.options.profile:
+            settings.enable_profiling = True
+            settings.profile_file_prefix = self.options.profile
+        if self.options.optimized:
+            settings.optimized_model_filepath = str(self.options.optimized)
+        try:
+            self._session = ort.InferenceSession(
+                self._source(model), settings, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ORT raises a dozen unrelated classes
+            raise ModelError(f"ONNX Runtime refuses the model: {_first_line(error)}") from error
+        self.inputs = tuple(map(_info, self._session.get_inputs()))
+        self.outputs = tuple(map(_info, self._session.get_outputs()))
+        self._names = {item.name for item in self.inputs}
+
+    def _source(self, model: ir.Model | Path) -> bytes | str:
+        if not isinstance(model, ir.Model):
+            return str(model)
+        if io.weight_bytes(model) < io.EXTERNAL_BYTES:
+            return io.to_bytes(model)
+        folder = tempfile.TemporaryDirectory(prefix="qcompile-")
+        weakref.finalize(self, folder.cleanup)
+        path = Path(folder.name) / "model.onnx"
+        io.save(model, path)
+        return str(path)
+
+    def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> list[npt.NDArray[Any]]:
+        """The outputs for one feed; entries that the model does not take are ignored.
+
+        Raises:
+            ModelError: ORT fails; the message is its first line.
+        """
+        taken = {name: value for name, value in feed.items() if name in self._names}
+        try:
+            results: list[npt.NDArray[Any]] = self._session.run(outputs, taken)
+        except Exception as error:  # ORT raises a dozen unrelated classes
+            raise ModelError(f"ONNX Runtime cannot run the model: {_first_line(error)}") from error
+        return results
+
+    def end_profiling(self) -> Path:
+        """The file of the profile gathered so far."""
+        return Path(self._session.end_profiling())
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip()[:300] if lines else type(error).__name__
+
+
+def _info(item: ort.NodeArg) -> TensorInfo:
+    kind = item.type.removeprefix("tensor(").removesuffix(")")
+    dtype = np.dtype(_DTYPES[kind]) if kind in _DTYPES else None
+    return TensorInfo(item.name, dtype, tuple(item.shape or ()))
+
+
+def version() -> str:
+    """The version of the installed ONNX Runtime."""
+    return str(ort.__version__)

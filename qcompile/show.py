@@ -1,0 +1,108 @@
+"""Tables on stdout for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from qcompile.report import Result, grouped_float
+
+_WORST = 6  # output slices shown
+
+
+def show_result(result: Result) -> None:
+    """The result as a short table a person understands."""
+    console = Console(highlight=False, soft_wrap=True)
+    style = "green" if result.exit_code == 0 else "red"
+    console.print(f"[{style}]{escape(result.verdict())}[/]")
+    if result.output:
+        console.print(f"wrote {escape(result.output)}")
+    table = Table(show_edge=False, pad_edge=False)
+    for title in ("", "FP32", "result", ""):
+        table.add_column(title, justify="left" if not title else "right")
+    ratio = result.size_mb["before"] / max(result.size_mb["after"], 1e-9)
+    table.add_row(
+        "size",
+        f"{result.size_mb['before']:.2f} MB",
+        f"{result.size_mb['after']:.2f} MB",
+        f"{ratio:.2f}x smaller",
+    )
+    for row in result.latency["feeds"]:
+        table.add_row(
+            f"latency {row['feed']}",
+            f"{row['fp32_ms']:.2f} ms",
+            f"{row['result_ms']:.2f} ms",
+            f"{row['speedup']:.2f}x",
+        )
+    console.print(table)
+    _show_slices(console, result.outputs)
+    kernels = result.kernels
+    console.print(
+        f"kernels: {kernels['integer']} integer, {kernels['float']} float Conv/MatMul-like, "
+        f"{kernels['leftover_qdq']} Q/DQ at run time  (format {result.format}, ranges {result.ranges})"
+    )
+    rows = grouped_float(result)
+    if rows:
+        console.print("left float:")
+        for op, why, count, node in rows:
+            console.print(f"  {count:>4} {op:<16} {escape(why)}  ({escape(node)})")
+    for sentence in result.warnings:
+        console.print(f"[yellow]warning:[/] {escape(sentence)}")
+    for sentence in result.notes:
+        console.print(f"note: {escape(sentence)}")
+    console.print(
+        f"target {result.target}, {result.samples['calibration']} calibration and {result.samples['held_out']} held-out "
+        f"samples, {result.seconds:.1f} s, {result.peak_rss_mb:.0f} MB"
+    )
+    console.print(f"next: {escape(result.next_command)}")
+
+
+def _show_slices(console: Console, outputs: list[dict[str, Any]]) -> None:
+    table = Table(show_edge=False, pad_edge=False)
+    table.add_column("output")
+    for title in ("SQNR", "cosine", "same decision"):
+        table.add_column(title, justify="right")
+    rows = [(o["name"], s) for o in outputs for s in o["slices"]]
+    shown = sorted(
+        rows, key=lambda r: float("inf") if r[1]["sqnr_db"] is None else r[1]["sqnr_db"]
+    )[:_WORST]
+    for name, part in rows:
+        if (name, part) not in shown:
+            continue
+        where = name if part["slice"] == "all" else f"{name} {part['slice']}"
+        same = "" if part["agreement"] is None else f"{part['agreement']:.2%}"
+        sqnr = "equal" if part["sqnr_db"] is None else f"{part['sqnr_db']:.1f} dB"
+        table.add_row(escape(where), sqnr, f"{part['cosine']:.5f}", same)
+    console.print(table)
+    if len(rows) > len(shown):
+        console.print(f"  ... and {len(rows) - len(shown)} slices with less error")
+
+
+def show_outputs(facts: Mapping[str, Any]) -> None:
+    """The table of `qcompile verify`."""
+    console = Console(highlight=False, soft_wrap=True)
+    _show_slices(console, facts["outputs"])
+    console.print(f"{facts['samples']} samples")
+    for sentence in facts["warnings"]:
+        console.print(f"[yellow]warning:[/] {escape(sentence)}")
+
+
+def show_table(facts: Mapping[str, Any], indent: int = 0) -> None:
+    """Any nested table, one entry a line."""
+    console = Console(highlight=False, soft_wrap=True)
+    for key, value in facts.items():
+        pad = " " * indent
+        if isinstance(value, Mapping):
+            console.print(f"{pad}{escape(str(key))}:")
+            show_table(value, indent + 2)
+        elif isinstance(value, list):
+            for row in value:
+                console.print(
+                    f"{pad}{escape(str(key))}: " + ", ".join(f"{k} {v}" for k, v in row.items())
+                )
+        else:
+            console.print(f"{pad}{escape(str(key)):<{max(1, 24 - indent)}}{escape(str(value))}")

@@ -1,0 +1,1 @@
+"""From a plan, statistics and weights to scales, zero points and codes."""

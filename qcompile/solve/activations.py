@@ -1,0 +1,103 @@
+"""Scales and zero points of all coded tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.calib.ranges import METHODS
+from qcompile.calib.stats import TensorStats
+from qcompile.graph.edit import array, attribute, is_op
+from qcompile.plan.plan import Plan
+from qcompile.plan.tensors import Coded, Coding
+from qcompile.quant.affine import choose
+from qcompile.quant.scheme import QParams, Scheme
+
+# Outputs whose range follows from the operator: nothing to calibrate (ORT's own choice for Sigmoid).
+_KNOWN = {"Sigmoid": 1 / 256, "HardSigmoid": 1 / 255}
+_FINE_OFFSET = 6  # steps: an offset this large is made a whole number of steps by a coarser scale
+
+
+def solve_activations(
+    plan: Plan, coding: Coding, stats: Mapping[str, TensorStats], method: str,
+    overrides: Mapping[str, tuple[float, float]] | None = None,
+) -> dict[str, QParams]:  # fmt: skip
+    """Parameters of every coded tensor, by name; tensors that share codes differ in meaning only.
+
+    Args:
+        plan: gives the scheme of activations.
+        coding: the coded tensors.
+        stats: of each root, by tensor name.
+        method: one of `qcompile.calib.ranges.METHODS`.
+        overrides: ranges that were fixed by hand or by a search, by root name.
+    """
+    scheme = Scheme.parse(plan.activation)
+    params: dict[str, QParams] = {}
+    for root, members in coding.members().items():
+        name = root.name or ""
+        known = _known_scale(root)
+        if known is not None:
+            scale, zero = known, float(scheme.qmin)
+        else:
+            low, high = (overrides or {}).get(name) or METHODS[method](stats[name])
+            scale, zero = _grid(*_useful(root, coding, low, high), members, scheme)
+        for member in members:
+            params[member.value.name or ""] = _meaning(member, scale, zero, scheme)
+    return params
+
+
+def _known_scale(root: ir.Value) -> float | None:
+    node = root.producer()
+    return None if node is None or node.domain else _KNOWN.get(node.op_type)
+
+
+def _useful(root: ir.Value, coding: Coding, low: float, high: float) -> tuple[float, float]:
+    """The part of the range that matters to the readers.
+
+    x * HardSigmoid(x) is zero wherever HardSigmoid is: codes below -beta / alpha would be wasted.
+    """
+    readers = [use.node for use in root.uses()]
+    gates = [node for node in readers if is_op(node, "HardSigmoid")]
+    others = [node for node in readers if not is_op(node, "HardSigmoid")]
+    if root.is_graph_output() or len(gates) != 1 or gates[0].outputs[0] not in coding.tensors:
+        return low, high
+    if not all(is_op(n, "Mul") and set(n.inputs) == {root, gates[0].outputs[0]} for n in others):
+        return low, high
+    floor = -attribute(gates[0], "beta", 0.5) / attribute(gates[0], "alpha", 0.2)
+    return max(low, floor) if high > 0 else low, high
+
+
+def _grid(low: float, high: float, members: list[Coded], scheme: Scheme) -> tuple[float, float]:
+    """Scale and zero point of the root, such that every member's zero is a code as well."""
+    offsets = [-m.offset / m.factor for m in members if m.offset != 0.0]
+    base = choose(np.float32(min([low, *offsets])), np.float32(max([high, *offsets])), scheme)
+    scale, zero = float(base.scale), float(base.zero)
+    for offset in offsets:
+        steps = abs(offset) / scale
+        if steps >= _FINE_OFFSET:  # a whole number of steps, at a slightly coarser scale
+            coarser = choose(
+                np.float32(min([low, *offsets]) * (scale_up := steps / np.floor(steps))),
+                np.float32(max([high, *offsets]) * scale_up), scheme,
+            )  # fmt: skip
+            scale, zero = abs(offset) / np.floor(steps), float(coarser.zero)
+            break
+    return scale, zero
+
+
+def _meaning(member: Coded, scale: float, zero: float, scheme: Scheme) -> QParams:
+    own_scale = scale * member.factor
+    own_zero = np.clip(
+        np.rint(zero - member.offset / own_scale), scheme.qtype.qmin, scheme.qtype.qmax
+    )
+    return QParams(
+        np.asarray(own_scale, np.float32), np.asarray(own_zero, scheme.qtype.dtype), scheme
+    )
+
+
+def constant_params(value: ir.Value, scheme: Scheme) -> QParams:
+    """Parameters of a constant operand: its own range."""
+    values = array(value)
+    assert values is not None
+    return choose(np.float32(values.min()), np.float32(values.max()), scheme)

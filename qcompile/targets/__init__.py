@@ -1,0 +1,1 @@
+"""Targets: what a runtime on a machine runs fast, as data."""

@@ -1,0 +1,1 @@
+"""Comparing the result with the float model: error, kernels, latency."""

@@ -1,0 +1,104 @@
+"""Runs the float model and a result on the same samples and measures the error of every output."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompile.run.session import Feed, Session
+from qcompile.verify.metrics import Error, Part
+
+_CACHE_BYTES = 96 << 20
+
+Array = npt.NDArray[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Errors by output name: the whole output first, then its slices."""
+
+    outputs: Mapping[str, list[Error]]
+    samples: int
+
+    @property
+    def worst_db(self) -> float:
+        """The lowest SQNR of any slice of any output, in decibels; -inf if values were lost."""
+        values = [
+            e.sqnr_db if not e.bad else -np.inf
+            for errors in self.outputs.values()
+            for e in errors
+            if e.count
+        ]
+        return float(min(values, default=np.inf))
+
+    @property
+    def noise_to_signal(self) -> float:
+        """The largest noise-to-signal power ratio of any slice."""
+        worst = self.worst_db
+        return 0.0 if np.isinf(worst) and worst > 0 else 10 ** (-worst / 10)
+
+    def problems(self) -> list[str]:
+        """Sentences about outputs that carry nothing any more."""
+        found = []
+        for name, errors in self.outputs.items():
+            for error in errors:
+                where = f"output {name!r}" + (
+                    "" if error.part.axis is None else f", slice {error.part.name}"
+                )
+                if error.bad:
+                    found.append(f"{where}: {error.bad} values are not finite.")
+                elif error.dead:
+                    found.append(f"{where} is constant: all its information is lost.")
+        return found
+
+
+class Reference:
+    """The float model on the held-out samples; its outputs are kept while they are small."""
+
+    def __init__(
+        self,
+        session: Session,
+        samples: Callable[[], Iterable[Feed]],
+        parts: Mapping[str, Sequence[Part]],
+    ) -> None:
+        self._session, self._samples, self._parts = session, samples, parts
+        self._names = [info.name for info in session.outputs]
+        self._kept: list[list[Array]] = []
+        self._room = _CACHE_BYTES
+
+    def _outputs(self, number: int, feed: Feed) -> list[Array]:
+        if number < len(self._kept):
+            return self._kept[number]
+        values = self._session.run(feed)
+        size = sum(np.asarray(value).nbytes for value in values)
+        if number == len(self._kept) and size <= self._room:
+            self._room -= size
+            self._kept.append(values)
+        return values
+
+    def compare(self, result: Session, limit: int | None = None) -> Comparison:
+        """The errors of `result` over the first `limit` samples."""
+        errors = {
+            name: [Error(part) for part in self._parts.get(name, [Part("all")])]
+            for name in self._names
+        }
+        seen = 0
+        for number, feed in enumerate(self._samples()):
+            if limit is not None and number >= limit:
+                break
+            wanted, got = self._outputs(number, feed), result.run(feed, self._names)
+            for name, y, z in zip(self._names, wanted, got, strict=True):
+                if not isinstance(y, np.ndarray) or y.dtype.kind not in "fiub":
+                    continue
+                for error in errors[name]:
+                    if y.shape != z.shape:
+                        error.bad += max(y.size, 1)
+                        error.count += 1
+                    else:
+                        error.add(y, z)
+            seen += 1
+        return Comparison(errors, seen)

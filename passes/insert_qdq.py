@@ -10,21 +10,28 @@ plan calls free are gone too: their readers dequantize the same codes with other
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from qcompile.graph.edit import Names, add_initializer, add_node, array
-from qcompile.plan.candidates import Candidate
+from qcompile.plan.candidates import Candidate, clip_bounds
 from qcompile.plan.plan import Form, Plan
-from qcompile.plan.tensors import Coding
 from qcompile.quant.affine import quantize
 from qcompile.quant.scheme import QParams, Scheme
 from qcompile.solve.activations import constant_params
-from qcompile.solve.weights import Weight
 from qcompile.step import Outcome, Pass
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    import numpy.typing as npt
+
+    from qcompile.plan.tensors import Coding
+    from qcompile.solve.weights import Weight
+
+_SLACK = 1.5  # codes beyond a bound that still count as saturating at it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +54,19 @@ class InsertQdq(Pass):
     weights: Mapping[str, Weight]
 
     def apply(self, model: ir.Model) -> Outcome:
-        """See the class. Node names stay; the integer nodes are those whose inputs are dequantized."""
+        """See the class. Node names stay; the integer nodes are those whose inputs are dequantized.
+
+        An absorbed Relu or Clip stays, and is reported as skipped, if the codes of its output reach
+        further than it does.
+        """
         return _Insertion(self, model).run()
+
+
+def saturates(scale: npt.NDArray[Any], zero: npt.NDArray[Any], bounds: tuple[float, float]) -> bool:
+    """Whether codes of this meaning, which saturate as their type does, stay within the bounds."""
+    info, step = np.iinfo(zero.dtype), float(scale)
+    low, high = ((end - int(zero)) * step for end in (info.min, info.max))
+    return low >= bounds[0] - _SLACK * step and high <= bounds[1] + _SLACK * step
 
 
 class _Insertion:
@@ -61,72 +79,103 @@ class _Insertion:
         self.constants: dict[tuple[str, bytes], ir.Value] = {}
 
     def run(self) -> Outcome:
-        for entry in self.step.plan.nodes:
-            if entry.form in (Form.STATIC, Form.FREE):
+        for node in list(self.graph):  # whatever the order of a plan that was edited
+            entry = self.step.plan.get(node.name)
+            if entry is not None and entry.form in (Form.STATIC, Form.FREE):
                 item = self.step.found[entry.node]
                 assert isinstance(item, Candidate)
-                self.convert(item, entry.form)
+                (self.free if entry.form is Form.FREE else self.convert)(item)
                 self.outcome.changed.append(entry.node)
         return self.outcome
 
-    def convert(self, item: Candidate, form: Form) -> None:
-        node, old = item.node, item.result
-        uses, was_output = list(old.uses()), old.is_graph_output()
-        if form is Form.FREE:
-            self.codes[old] = self.code(item.data[0])
-            self.read(node, old, uses, was_output)
-            self.graph.remove(node, safe=True)
-            return
+    def free(self, item: Candidate) -> None:
+        """The readers of the result read the codes of the operand; the node is gone."""
+        old = item.result
+        self.codes[old] = self.code(item.data[0])
+        self.read(old, self.float_of(old), self.readers(old))
+        self.graph.remove(item.node, safe=True)
+
+    def convert(self, item: Candidate) -> None:
+        """The node reads what is dequantized, and what it makes is quantized."""
+        node = item.node
         for i, value in enumerate(node.inputs):
             if value is not None and value in item.data:
                 node.replace_input_with(i, self.float_of(value))
         if item.role == "conv":
             self.weigh(node)
-        for i, value in enumerate(node.outputs):
-            value_old = old if i == 0 else value
-            uses, was_output = list(value_old.uses()), value_old.is_graph_output()
-            if not uses and not was_output:
-                continue
-            self.codes[value_old] = self.quantize(
-                value, self.step.params[value_old.name or ""], value_old.name or ""
-            )
-            self.read(node, value_old, uses, was_output)
-        for dead in reversed(item.absorbed):
-            self.graph.remove(dead, safe=True)
+        merged = self.merged(item)
+        made = item.result if not merged else node.outputs[0]
+        for value, old in zip(
+            (made, *node.outputs[1:]), (item.result, *node.outputs[1:]), strict=True
+        ):
+            readers = self.readers(old)
+            if readers or old.is_graph_output():
+                name = old.name or ""
+                self.codes[old] = self.quantize(value, self.step.params[name], name)
+                self.read(old, self.float_of(old), readers)
+        if merged:
+            for dead in reversed(item.absorbed):
+                self.graph.remove(dead, safe=True)
 
-    def read(self, node: ir.Node, old: ir.Value, uses: list[ir.Usage], was_output: bool) -> None:  # type: ignore[name-defined]
-        """The readers of `old`, which is about to go, read its codes dequantized."""
-        if not uses and not was_output:
+    def merged(self, item: Candidate) -> bool:
+        """Whether saturation of the result does what the absorbed nodes did."""
+        params = self.step.params[item.result.name or ""]
+        for node in item.absorbed:
+            bounds = clip_bounds(node)
+            assert bounds is not None
+            if not saturates(params.scale, params.zero, bounds):
+                reason = "the codes of its output reach beyond its bounds"
+                self.outcome.skipped[node.name or ""] = reason
+                return False
+        return True
+
+    def readers(self, value: ir.Value) -> list[tuple[ir.Node, int]]:
+        """Who reads a value now, by node and position."""
+        return [(use.node, use.idx) for use in value.uses()]
+
+    def read(self, old: ir.Value, result: ir.Value, readers: Sequence[tuple[ir.Node, int]]) -> None:
+        """These readers of `old`, which is about to go, read `result`; so does the graph's output."""
+        for node, i in readers:
+            node.replace_input_with(i, result)
+        if not old.is_graph_output():
             return
-        result = self.float_of(old)
-        for use in uses:
-            use.node.replace_input_with(use.idx, result)
-        if was_output:
-            name = old.name
-            for i, output in enumerate(self.graph.outputs):
-                if output is old:
-                    self.graph.outputs[i] = result
-            old.name = f"{name}__replaced"
-            result.name, result.shape = name, old.shape
+        if result.is_graph_output():  # two outputs of one meaning need two values
+            result = self.dequantize(self.codes[old], self.step.params[old.name or ""], old)
+        name = old.name
+        for i, output in enumerate(self.graph.outputs):
+            if output is old:
+                self.graph.outputs[i] = result
+        old.name = f"{name}__replaced"
+        result.name = name
 
     def code(self, value: ir.Value) -> ir.Value:
         """The codes of a coded tensor; a tensor of a float producer is quantized behind it."""
         if value not in self.codes:
-            self.codes[value] = self.quantize(
-                value, self.step.params[value.name or ""], value.name or ""
-            )
+            name = value.name or ""
+            self.codes[value] = self.quantize(value, self.step.params[name], name)
         return self.codes[value]
 
     def quantize(self, value: ir.Value, params: QParams, name: str) -> ir.Value:
         scale, zero = self.params_of(params)
-        producer = value.producer()
         node = add_node(
-            self.names, "QuantizeLinear", [value, scale, zero], name=f"{name}_quantize", output=f"{name}_q",
+            self.names, "QuantizeLinear", [value, scale, zero], name=f"{name}_quantize",
+            output=f"{name}_q",
         )  # fmt: skip
         codes = node.outputs[0]
-        codes.type, codes.shape = ir.TensorType(zero.dtype), value.shape
-        self.place(node, producer)
+        codes.type, codes.shape = zero.type, value.shape
+        self.place(node, value.producer())
         return codes
+
+    def dequantize(self, codes: ir.Value, params: QParams, value: ir.Value) -> ir.Value:
+        scale, zero = self.params_of(params)
+        node = add_node(
+            self.names, "DequantizeLinear", [codes, scale, zero], name=f"{value.name}_dequantize",
+            output=f"{value.name}_dq",
+        )  # fmt: skip
+        back = node.outputs[0]
+        back.type, back.shape = ir.TensorType(ir.DataType.FLOAT), value.shape
+        self.place(node, codes.producer())
+        return back
 
     def place(self, node: ir.Node, producer: ir.Node | None) -> None:
         if producer is not None:
@@ -138,32 +187,24 @@ class _Insertion:
         """`value` as its codes say, or a constant operand as its own codes say."""
         constant = array(value)
         if constant is not None:
-            scheme = Scheme.parse(self.step.plan.activation)
-            params = constant_params(value, scheme)
-            codes = add_initializer(
-                self.graph, self.names, f"{value.name}_q", quantize(constant, params)
-            )
+            params = constant_params(value, Scheme.parse(self.step.plan.activation))
+            if value not in self.codes:
+                stored = quantize(constant, params)
+                self.codes[value] = add_initializer(
+                    self.graph, self.names, f"{value.name}_q", stored
+                )
         else:
-            params, codes = self.step.params[value.name or ""], self.code(value)
+            params = self.step.params[value.name or ""]
+        codes = self.code(value)
         key = (codes, params.scale.tobytes() + params.zero.tobytes())
         if key not in self.back:
-            scale, zero = self.params_of(params)
-            node = add_node(
-                self.names, "DequantizeLinear", [codes, scale, zero],
-                name=f"{value.name}_dequantize", output=f"{value.name}_dq",
-            )  # fmt: skip
-            node.outputs[0].type, node.outputs[0].shape = (
-                ir.TensorType(ir.DataType.FLOAT),
-                value.shape,
-            )
-            self.place(node, codes.producer())
-            self.back[key] = node.outputs[0]
+            self.back[key] = self.dequantize(codes, params, value)
         return self.back[key]
 
     def params_of(self, params: QParams) -> tuple[ir.Value, ir.Value]:
         return self.constant("scale", params.scale), self.constant("zero_point", params.zero)
 
-    def constant(self, kind: str, values: np.ndarray) -> ir.Value:
+    def constant(self, kind: str, values: npt.NDArray[Any]) -> ir.Value:
         key = (kind, values.dtype.str.encode() + values.tobytes() + str(values.shape).encode())
         if key not in self.constants:
             self.constants[key] = add_initializer(self.graph, self.names, f"qc_{kind}", values)
@@ -172,40 +213,43 @@ class _Insertion:
     def weigh(self, node: ir.Node) -> None:
         """The Conv reads its weight and its int32 bias through DequantizeLinear."""
         weight = self.step.weights[node.name or ""]
-        source = node.inputs[1]
+        x, source = node.inputs[:2]
         assert source is not None
+        assert x is not None
         codes = add_initializer(self.graph, self.names, f"{source.name}_q", weight.codes)
         scale = add_initializer(self.graph, self.names, f"{source.name}_scale", weight.params.scale)
         zero = self.constant("zero_point", weight.params.zero)
-        self.dequantize_constant(node, 1, codes, scale, zero, f"{source.name}_dq")
+        self.read_constant(node, 1, f"{source.name}_dq", (codes, scale, zero))
         if weight.bias is None:
             if len(node.inputs) > 2:
                 node.resize_inputs(2)
             return
-        x = node.inputs[0]
-        assert x is not None
         reader = x.producer()
-        assert reader is not None and reader.inputs[1] is not None
+        assert reader is not None
         x_scale = array(reader.inputs[1])
         assert x_scale is not None
         own = np.asarray(np.float32(x_scale) * weight.params.scale, np.float32)
-        codes_bias = np.clip(np.rint(weight.bias.astype(np.float64) / own), -(2**31), 2**31 - 1)
+        wide = np.clip(np.rint(weight.bias.astype(np.float64) / own), -(2**31), 2**31 - 1)
         wish = f"{node.name}_bias"
-        bias = add_initializer(self.graph, self.names, f"{wish}_q", codes_bias.astype(np.int32))
-        bias_scale = add_initializer(self.graph, self.names, f"{wish}_scale", own)
-        bias_zero = self.constant("zero_point", np.zeros(own.shape, np.int32))
+        stored = (
+            add_initializer(self.graph, self.names, f"{wish}_q", wide.astype(np.int32)),
+            add_initializer(self.graph, self.names, f"{wish}_scale", own),
+            self.constant("zero_point", np.zeros(own.shape, np.int32)),
+        )
         if len(node.inputs) < 3:
             node.resize_inputs(3)
-        self.dequantize_constant(node, 2, bias, bias_scale, bias_zero, f"{wish}_dq")
+        self.read_constant(node, 2, f"{wish}_dq", stored)
 
-    def dequantize_constant(
-        self, node: ir.Node, index: int, codes: ir.Value, scale: ir.Value, zero: ir.Value, name: str
+    def read_constant(
+        self, node: ir.Node, index: int, name: str, stored: tuple[ir.Value, ir.Value, ir.Value]
     ) -> None:
+        """Input `index` of the node is (codes, scale, zero point), dequantized."""
+        codes, scale, _ = stored
         # DequantizeLinear's axis is 1 if it is not written: output channels of Conv are axis 0.
         per_axis = {"axis": 0} if scale.shape is not None and len(scale.shape) == 1 else None
         back = add_node(
-            self.names, "DequantizeLinear", [codes, scale, zero], before=node, name=name, output=name,
+            self.names, "DequantizeLinear", stored, before=node, name=name, output=name,
             attributes=per_axis,
-        )  # fmt: skip
-        back.outputs[0].type, back.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), codes.shape
-        node.replace_input_with(index, back.outputs[0])
+        ).outputs[0]  # fmt: skip
+        back.type, back.shape = ir.TensorType(ir.DataType.FLOAT), codes.shape
+        node.replace_input_with(index, back)

@@ -162,9 +162,11 @@ class _Lowering:
     def fused(
         self, item: Candidate, stored: tuple[ir.Value, ...], bias: ir.Value | None, wish: str
     ) -> ir.Value:
-        node, x = item.node, item.data[0]
+        node = item.node
+        x = node.inputs[0]  # not item.data[0]: what made that may have been lowered meanwhile
+        assert x is not None
         codes, scale, zero = stored
-        if self.readers[x, node.graph] == 1:
+        if self.readers[item.data[0], node.graph] == 1:
             op_type, inputs = "DynamicQuantizeMatMul", [x, codes, scale, zero]
         else:
             x_codes, x_scale, x_zero = self.dynamic(x, node)
@@ -181,7 +183,8 @@ class _Lowering:
     def portable(
         self, item: Candidate, stored: tuple[ir.Value, ...], bias: ir.Value | None, wish: str
     ) -> ir.Value:
-        node, x = item.node, item.data[0]
+        node, x = item.node, item.node.inputs[0]
+        assert x is not None
         codes, scale, zero = stored
         x_codes, x_scale, x_zero = self.dynamic(x, node)
 

@@ -10,16 +10,21 @@ version of the runtime recognizes. What this pass leaves as Q/DQ still runs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
+from passes.insert_qdq import saturates
 from qcompile.graph.edit import Names, add_initializer, array, attribute, is_op, sole_user
 from qcompile.plan.candidates import clip_bounds
 from qcompile.plan.plan import Form, Plan
 from qcompile.step import Outcome, Pass
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy.typing as npt
 
 MS = "com.microsoft"
 
@@ -83,6 +88,7 @@ class _Lowering:
             wanted = [v for v in self.node.inputs if v is not None]
         if not all(is_op(value.producer(), "DequantizeLinear") for value in wanted):
             return "an input is not dequantized"
+        assert quantizers[0] is not None
         replacement = rule(self, quantizers[0])
         if isinstance(replacement, str):
             return replacement
@@ -123,11 +129,9 @@ class _Lowering:
             name=self.node.name,
         )
 
-    def constant(self, name: str, values: np.ndarray) -> ir.Value:
+    def constant(self, name: str, values: npt.NDArray[Any]) -> ir.Value:
+        """A new initializer that belongs to the node."""
         return add_initializer(self.graph, self.names, f"{self.node.name}_{name}", values)
-
-
-Rule = Callable[[_Lowering, Any], ir.Node | str]
 
 
 def _conv(self: _Lowering, quantizer: ir.Node) -> ir.Node | str:
@@ -152,13 +156,12 @@ def _sigmoid(self: _Lowering, quantizer: ir.Node) -> ir.Node | str:
 def _leaky(self: _Lowering, quantizer: ir.Node) -> ir.Node | str:
     alpha = {"Relu": 0.0, "Clip": 1.0}.get(self.node.op_type, attribute(self.node, "alpha", 0.01))
     scale, zero = array(quantizer.inputs[1]), array(quantizer.inputs[2])
-    assert scale is not None and zero is not None
+    assert scale is not None
+    assert zero is not None
     if self.node.op_type == "Clip":
         bounds = clip_bounds(self.node)
-        info = np.iinfo(zero.dtype)
         assert bounds is not None
-        reach = [(info.min - int(zero)) * float(scale), (info.max - int(zero)) * float(scale)]
-        if reach[0] < bounds[0] - float(scale) / 2 or reach[1] > bounds[1] + float(scale) / 2:
+        if not saturates(scale, zero, bounds):
             return "its bounds are tighter than its output's codes"
     inputs = [*self.dequantized(0), quantizer.inputs[1], quantizer.inputs[2]]
     return self.make("QLinearLeakyRelu", inputs, MS, {"alpha": float(alpha)})
@@ -171,9 +174,12 @@ def _hard_sigmoid(self: _Lowering, quantizer: ir.Node) -> ir.Node | str:
     255 beta, rounded: at most half a code off.
     """
     scale, zero = array(quantizer.inputs[1]), array(quantizer.inputs[2])
-    assert scale is not None and zero is not None
+    assert scale is not None
+    assert zero is not None
     alpha, beta = attribute(self.node, "alpha", 0.2), attribute(self.node, "beta", 0.5)
     info = np.iinfo(zero.dtype)
+    if int(zero) != info.min or abs(float(scale) * (info.max - info.min) - 1) > 1e-3:
+        return "its output's codes are not those of 0..1"
     point = np.clip(np.rint(int(zero) + beta / float(scale)), info.min, info.max)
     inputs = [
         *self.dequantized(0),
@@ -208,7 +214,7 @@ def _move(self: _Lowering, quantizer: ir.Node) -> ir.Node | str:
 
 
 _DATA = {"Add": 2, "Mul": 2, "Conv": 2}
-_RULES: dict[str, Rule] = {
+_RULES: dict[str, Callable[[_Lowering, ir.Node], ir.Node | str]] = {
     "Conv": _conv, "Add": _binary, "Mul": _binary, "Sigmoid": _sigmoid, "HardSigmoid": _hard_sigmoid,
     "LeakyRelu": _leaky, "Relu": _leaky, "Clip": _leaky, "GlobalAveragePool": _pool, "Concat": _concat,
     **dict.fromkeys(

@@ -40,14 +40,13 @@ def build(
     """A new quantized model; `prepared` is not changed."""
     model = prepared.clone()
     found = find_candidates(model, target, facts)
-    lower = "fused" if form == "fused" else "portable"
-    steps = [
-        LowerDynamic(plan, found, solution.weights, lower),
-        LowerEmbedding(plan, found, solution.weights, lower),
-        InsertQdq(plan, found, coding(model, plan, found), solution.params, solution.weights),
-    ]
-    for step in steps:
-        run_pass(step, model)
+    lower: Literal["fused", "portable"] = "fused" if form == "fused" else "portable"
+    run_pass(LowerDynamic(plan, found, solution.weights, lower), model)
+    run_pass(LowerEmbedding(plan, found, solution.weights, lower), model)
+    # Their results are new values, under the names of the old ones: candidates that read them are found anew.
+    found = find_candidates(model, target, facts)
+    tensors = coding(model, plan, found)
+    run_pass(InsertQdq(plan, found, tensors, solution.params, solution.weights), model)
     if form == "fused":
         run_pass(LowerInteger(plan), model)
     common.RemoveUnusedNodesPass()(model)

@@ -2,41 +2,82 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
+from qcompile.calib.data import open_data
 from qcompile.calib.split import Samples
 from qcompile.compiler import open_model
-from qcompile.errors import ModelError
+from qcompile.errors import ModelError, OutputError, RecipeError
 from qcompile.graph import io
 from qcompile.graph.edit import graphs
 from qcompile.inputs import input_specs, stand_in
 from qcompile.plan.make import make_plan
-from qcompile.plan.plan import Plan
+from qcompile.plan.plan import Plan, load_plan
 from qcompile.progress import Progress
 from qcompile.recipe import Recipe
 from qcompile.report import GOOD, INACCURATE
 from qcompile.run.probe import probe
-from qcompile.run.session import Options, Session, TensorInfo
+from qcompile.run.session import Feed, Options, Session, TensorInfo
+from qcompile.targets.schema import detect, load_target, target_names
 from qcompile.verify.compare import Reference
 from qcompile.verify.latency import race, typical_feeds
 from qcompile.verify.slices import parts_of
 
 
-def plan_of(model: str, data: str | None, recipe: Recipe, progress: Progress) -> Plan:
-    """The plan for a model, without calibration; with `data` the shapes are those of its first sample.
+def plan_model(
+    model: str, data: str | None, recipe: Recipe, progress: Progress, *,
+    forms: Path | None = None, output: Path | None = None,
+) -> Plan:  # fmt: skip
+    """The plan for a model, without calibration; written to `output`, if that is given.
+
+    Args:
+        model: path of the float model.
+        data: the shapes are those of its first sample; None: of a made-up input.
+        recipe: as for `compile_model`.
+        progress: shows the stages.
+        forms: an edited plan that fixes the forms of its nodes.
+        output: receives the plan as JSON.
 
     Raises:
         QcompileError: as `compile_model`.
     """
-    import dataclasses  # noqa: PLC0415
-
+    fixed = None if forms is None else load_plan(forms)
+    if output is not None:
+        _check_output(output, Path(model))
     opened = open_model(model, data, recipe, None, progress)
-    request = dataclasses.replace(opened.request(), calibrated=recipe.static)
-    return make_plan(opened.prepared, opened.target, opened.facts, request)
+    request = dataclasses.replace(opened.request(fixed), calibrated=recipe.static)
+    plan = make_plan(opened.prepared, opened.target, opened.facts, request)
+    if output is not None:
+        with io.atomic(output) as path:
+            path.write_text(plan.to_json(), "utf-8")
+    return plan
+
+
+def _check_output(output: Path, model: Path) -> None:
+    if model.exists() and output.exists() and output.samefile(model):
+        raise OutputError(f"{output} is the model itself: choose another file with -o.")
+    io.check_writable(output)
+
+
+def list_targets() -> dict[str, Any]:
+    """The targets that ship with qcompile, and which one fits this machine."""
+    try:
+        here = detect().name
+    except RecipeError:
+        here = ""
+    names = target_names()
+    return {
+        "targets": [
+            {"name": name, "title": load_target(name).title, "this_machine": name == here}
+            for name in names
+        ]
+    }
 
 
 def inspect_model(path: str) -> dict[str, Any]:
@@ -156,20 +197,19 @@ def _pair(fp32: str, quantized: str, recipe: Recipe) -> tuple[Session, Session]:
     missing = {o.name for o in first.outputs} - {o.name for o in second.outputs}
     if missing:
         raise ModelError(
-            f"{quantized} lacks the output {sorted(missing)[0]!r} of {fp32}: these are not the same model."
+            f"{quantized} lacks the output {min(missing)!r} of {fp32}: these are not the same model."
         )
     return first, second
 
 
 def _feeds(
     model: ir.Model, session: Session, data: str | None, recipe: Recipe
-) -> tuple[Any, bool, Any]:
-    from qcompile.calib.data import open_data  # noqa: PLC0415
-
+) -> tuple[Callable[[], Iterator[Feed]], bool, Feed]:
+    """What starts a pass over the samples, whether they are made up, and the first one."""
     specs = input_specs(session, model)
     if data is None:
         feed = stand_in(specs)
         return (lambda: iter([feed])), True, feed
     source = open_data(data, specs, recipe.data)
-    Samples(source)  # refuses an empty source
-    return (lambda: iter(source)), False, next(iter(source))
+    first = Samples(source).first()  # refuses an empty source
+    return (lambda: iter(source)), False, first

@@ -15,13 +15,13 @@ from qcompile.calib.data import Data, open_data
 from qcompile.calib.split import Samples
 from qcompile.graph import io
 from qcompile.inputs import check_compilable, input_specs, stand_in
-from qcompile.keep import match_patterns
+from qcompile.keep import fixed_forms, match_patterns, unmet
 from qcompile.plan.make import Request
 from qcompile.plan.plan import Form, Plan
 from qcompile.prepare import prepare
 from qcompile.progress import Progress, Silent
 from qcompile.recipe import Recipe, load_recipe
-from qcompile.report import Result
+from qcompile.report import Result, check_folder
 from qcompile.run.probe import Fact, probe
 from qcompile.run.session import Feed, Options, Session
 from qcompile.targets.schema import Target, load_target
@@ -51,11 +51,12 @@ class Opened:
         Raises:
             RecipeError: a pattern matches nothing, or the plan names unknown nodes.
         """
-        keep = match_patterns(self.prepared, self.recipe.keep_float)
-        fixed = {} if forms is None else {entry.node: entry.form for entry in forms.nodes}
+        keep = match_patterns(self.prepared, self.recipe.keep_float, self.original)
+        self.notes.extend(keep.notes)
+        fixed = {} if forms is None else fixed_forms(forms, self.prepared)
         return Request(
             calibrated=self.samples is not None and self.recipe.static,
-            keep_float=keep, forms=fixed, dynamic=self.recipe.dynamic,
+            keep_float=keep.why, forms=fixed, dynamic=self.recipe.dynamic,
         )  # fmt: skip
 
 
@@ -123,6 +124,8 @@ def compile_model(
     start = time.perf_counter()
     show = progress or Silent()
     place = finish.output_path(model, output)
+    if report is not None:
+        check_folder(Path(report))
     opened = open_model(model, data, recipe, target, show)
     request = opened.request(plan)
     shop = Workshop(
@@ -135,6 +138,7 @@ def compile_model(
         show,
     )
     draft = shop.plan(request)
+    opened.notes.extend(unmet(request.forms, draft))
     if draft.of(Form.STATIC, Form.FREE):
         shop.calibrate(draft)
         bad = shop.unusable()

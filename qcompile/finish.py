@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import resource
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ import onnx_ir as ir
 from qcompile.errors import ModelError, OutputError
 from qcompile.graph import io
 from qcompile.plan.candidates import Candidate
-from qcompile.plan.plan import Form
+from qcompile.plan.plan import Form, NodePlan
 from qcompile.progress import Progress
 from qcompile.report import GOOD, INACCURATE, NOT_FASTER, Result, to_markdown
 from qcompile.run.session import Options, Session, version
@@ -48,9 +49,12 @@ def output_path(model: Any, output: str | Path | None) -> Path | None:
     """Where the result goes.
 
     Raises:
+        ModelError: there is no such model.
         OutputError: it would be the input itself, or it cannot be written.
     """
     path = Path(model) if isinstance(model, str | Path) else None
+    if path is not None and not path.is_file():
+        io.load(path)  # says what is wrong with it
     if output is None:
         if path is None:
             return None
@@ -95,7 +99,7 @@ def finish(
     worst = min(feeds, key=lambda row: row["speedup"])
     result = Result(
         model=None if opened.path is None else str(opened.path), output=None if place is None else str(place),
-        target=shop.target.name, recipe=shop.recipe.name, format=best.form, ranges=best.method,
+        target=shop.target.name, recipe=shop.recipe.name, format=best.form, ranges=best.ranging.method,
         seconds=time.perf_counter() - start, peak_rss_mb=_peak_rss(),
         size_mb={"before": before / 1e6, "after": after / 1e6},
         latency={"fp32_ms": worst["fp32_ms"], "result_ms": worst["result_ms"], "speedup": speedup, "feeds": feeds},
@@ -141,7 +145,7 @@ def _warnings(
 ) -> list[str]:
     found = deployed.problems()
     if opened.samples is None:
-        convs = sum(1 for e in best.plan.of(Form.FLOAT) if e.op == "Conv")
+        convs = len(_waiting(best))
         if convs:
             found.append(
                 f"No calibration data: {convs} Conv nodes stay float. Give samples with --data to quantize them."
@@ -195,11 +199,16 @@ def _exit_code(
 
 def _no_reason(shop: Workshop, best: Attempt, opened: Opened) -> str:
     rows = _kept_float(shop, best)
-    if opened.samples is None and any(row["op"] == "Conv" for row in rows):
+    if opened.samples is None and _waiting(best):
         return "its Conv nodes need calibration data, give it with --data."
     if rows:
         return f"{rows[0]['op']} {rows[0]['node']}: {rows[0]['why']}."
     return "the model has no node with an integer kernel."
+
+
+def _waiting(best: Attempt) -> list[NodePlan]:
+    """The Conv nodes that are float for want of calibration data."""
+    return [e for e in best.plan.of(Form.FLOAT) if e.op == "Conv" and "--data" in e.why]
 
 
 def _kept_float(shop: Workshop, best: Attempt) -> list[dict[str, str]]:
@@ -224,7 +233,7 @@ def _describe(model: ir.Model, shop: Workshop, best: Attempt) -> None:
             "qcompile.target": shop.target.name,
             "qcompile.recipe": shop.recipe.name,
             "qcompile.format": best.form,
-            "qcompile.ranges": best.method,
+            "qcompile.ranges": best.ranging.method,
         }  # fmt: skip
     )
 
@@ -239,8 +248,8 @@ def _peak_rss() -> float:
 
 
 def _next(opened: Opened, best: Attempt, code: int) -> str:
-    name = opened.path or "MODEL.onnx"
-    if opened.samples is None and any(e.op == "Conv" for e in best.plan.of(Form.FLOAT)):
+    name = shlex.quote(str(opened.path or "MODEL.onnx"))
+    if opened.samples is None and _waiting(best):
         return f"qcompile {name} --data FOLDER_OF_SAMPLES"
     if code == INACCURATE:
         return f"qcompile plan {name} --data DATA -o plan.json   # then set sensitive nodes to float: qcompile {name} --plan plan.json"

@@ -14,7 +14,11 @@ _QUANTIZED = (
     "QuantizeLinear", "DequantizeLinear", "QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger",
     "DynamicQuantizeLinear", "MatMulNBits", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QLinearAdd",
 )  # fmt: skip
-_STAND_IN = {"batch": 1}
+_WEIGHING = (
+    "Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum", "LSTM", "GRU", "RNN", "Attention",
+    "BatchNormalization", "LayerNormalization",
+)  # fmt: skip
+_MOVING = ("Identity", "Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
 _LENGTH = 64  # for dynamic dimensions other than the first, when there is no data
 
 
@@ -34,30 +38,60 @@ def check_compilable(model: ir.Model) -> None:
     """Nothing, if the model is float and its weights are numbers.
 
     Raises:
-        ModelError: it is quantized already, or a weight holds NaN or an infinity; names node or tensor.
+        ModelError: it is quantized already, a weight holds NaN or an infinity, or a convolution works
+            on float64, for which ORT has no kernel; names node or tensor.
     """
     for graph in graphs(model):
         for node in graph:
+            name = node.name or node.outputs[0].name
             if node.op_type in _QUANTIZED:
                 raise ModelError(
-                    f"the model is already quantized: node {node.name or node.outputs[0].name!r} is a "
-                    f"{node.op_type}. Give the float model that it was made from."
+                    f"the model is already quantized: node {name!r} is a {node.op_type}. Give the float "
+                    "model that it was made from."
                 )
-        for name, value in graph.initializers.items():
-            tensor = value.const_value
-            if tensor is None or not tensor.dtype.is_floating_point() or not value.uses():
-                continue
-            if not any(
-                use.node.op_type in ("Conv", "MatMul", "Gemm", "ConvTranspose", "LSTM", "GRU")
-                for use in value.uses()
-            ):
-                continue
-            values = tensor.numpy()
-            if values.dtype == np.float32 and not np.isfinite(values).all():
-                index = tuple(map(int, np.argwhere(~np.isfinite(values))[0]))
+            if node.op_type in ("Conv", "ConvTranspose") and _is_double(node):
                 raise ModelError(
-                    f"weight {name!r} holds {values[index]} at index {index}: mend or export the model again."
+                    f"node {name!r} is a {node.op_type} on float64, for which ONNX Runtime has no kernel: "
+                    "export the model in float32."
                 )
+            for attribute in node.attributes.values():
+                if node.op_type == "Constant" and attribute.type == ir.AttributeType.TENSOR:
+                    _check_numbers(node.outputs[0], attribute.as_tensor())
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                _check_numbers(value, value.const_value)
+
+
+def _is_double(node: ir.Node) -> bool:
+    return any(value is not None and value.dtype == ir.DataType.DOUBLE for value in node.inputs)
+
+
+def _check_numbers(value: ir.Value, tensor: ir.TensorProtocol) -> None:
+    """Masks may be infinite, a single NaN may mark what is missing; neither is true of weights."""
+    if not tensor.dtype.is_floating_point() or not tensor.size or not value.uses():
+        return
+    weighs = _weighs(value)
+    if tensor.size == 1 and not weighs:
+        return
+    values = tensor.numpy()
+    if np.isfinite(values.min()) and np.isfinite(values.max()):  # as NaN is both; makes no copy
+        return
+    wrong = ~np.isfinite(values) if weighs else np.isnan(values)
+    if not wrong.any():
+        return
+    index = tuple(map(int, np.argwhere(wrong)[0]))
+    raise ModelError(
+        f"weight {value.name!r} holds {values[index]} at index {index}: mend or export the model again."
+    )
+
+
+def _weighs(value: ir.Value) -> bool:
+    """Whether a node multiplies by the tensor, as it is or moved about."""
+    return any(
+        use.node.op_type in _WEIGHING
+        or (use.node.op_type in _MOVING and use.idx == 0 and _weighs(use.node.outputs[0]))
+        for use in value.uses()
+    )
 
 
 def stand_in(specs: list[InputSpec]) -> Feed:

@@ -6,13 +6,14 @@ Unknown keys are errors that offer the nearest known one.
 from __future__ import annotations
 
 import dataclasses
-import tomllib
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Literal, get_args
 
-from qcompile.calib.data import DataOptions, ImageOptions
+from qcompile.calib.data import DataOptions
 from qcompile.errors import RecipeError, nearest
+from qcompile.table import fill, read_text, read_toml
 
 Ranges = Literal["auto", "mean", "minmax", "percentile", "mse", "kl"]
 Format = Literal["auto", "qdq", "fused"]
@@ -37,6 +38,9 @@ class Recipe:
         threads: intra-op threads for all runs; 0 leaves it to ORT.
         bench_seconds: how long each timing lasts.
         data: where samples come from is given apart; this is how they are read.
+
+    Raises:
+        RecipeError: a number is out of its range, or a choice is unknown.
     """
 
     name: str = "int8"
@@ -48,11 +52,33 @@ class Recipe:
     dynamic: bool = True
     bias_correction: bool = True
     weight_search: bool = False
-    sqnr_goal: float = 20.0
+    sqnr_goal: float = 18.0
     min_sqnr: float | None = None
     threads: int = 0
     bench_seconds: float = 1.0
     data: DataOptions = dataclasses.field(default_factory=DataOptions)
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("ranges", self.ranges, get_args(Ranges)), ("format", self.format, get_args(Format)),
+        ):  # fmt: skip
+            if value not in known:
+                raise RecipeError(
+                    f"{name} is {value!r}, not one of {', '.join(known)}.{nearest(value, known)}"
+                )
+        if isinstance(self.keep_float, str):
+            raise RecipeError(
+                f"keep_float is the text {self.keep_float!r}: give a tuple of patterns."
+            )
+        if self.threads < 0:
+            raise RecipeError(f"threads is {self.threads}: give 0 (ORT's choice) or more.")
+        if not (math.isfinite(self.bench_seconds) and self.bench_seconds > 0):
+            raise RecipeError(f"bench_seconds is {self.bench_seconds:g}: give more than 0.")
+        for name, decibels in (("sqnr_goal", self.sqnr_goal), ("min_sqnr", self.min_sqnr)):
+            if decibels is not None and not math.isfinite(decibels):
+                raise RecipeError(f"{name} is {decibels:g}: give a finite number of decibels.")
+        if not self.static and not self.dynamic:
+            raise RecipeError("static and dynamic are both false: nothing could be quantized.")
 
 
 BUILT_IN: Mapping[str, Recipe] = {
@@ -63,7 +89,7 @@ BUILT_IN: Mapping[str, Recipe] = {
 
 
 def load_recipe(source: str | Path | Recipe | None) -> Recipe:
-    """The built-in recipe of that name, or that of a TOML file.
+    """The built-in recipe of that name, or that of a TOML file, whose paths start at its folder.
 
     Raises:
         RecipeError: no such recipe, not TOML, an unknown key or a value of the wrong kind.
@@ -80,53 +106,11 @@ def load_recipe(source: str | Path | Recipe | None) -> Recipe:
         raise RecipeError(
             f"there is no recipe {str(source)!r}.{nearest(str(source), known)} Known: {', '.join(known)}; or give a .toml file."
         )
-    try:
-        table = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise RecipeError(f"recipe {path} is not valid TOML: {error}.") from error
-    except OSError as error:
-        raise RecipeError(f"recipe {path} cannot be read: {error.strerror}.") from error
+    where = f"recipe {path}"
+    table = read_toml(read_text(path, where), where)
     table.setdefault("name", path.stem)
-    return _fill(Recipe, table, f"recipe {path}")
-
-
-def _fill(kind: type[Any], table: Mapping[str, Any], where: str) -> Any:
-    hints = get_type_hints(kind)
-    values = {}
-    for key, value in table.items():
-        if key not in hints:
-            raise RecipeError(f"{where}: unknown key {key!r}.{nearest(key, hints)}")
-        values[key] = _convert(hints[key], value, f"{where}, key {key!r}")
-    try:
-        return kind(**values)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"{where}: {error}.") from error
-
-
-def _convert(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        if not isinstance(value, Mapping):
-            raise RecipeError(f"{where} must be a table.")
-        return _fill(hint, value, where)  # type: ignore[arg-type]
-    options = get_args(hint)
-    if options and all(isinstance(option, str) for option in options):
-        if value not in options:
-            raise RecipeError(
-                f"{where} is {value!r}, not one of {', '.join(options)}.{nearest(str(value), options)}"
-            )
-        return value
-    if isinstance(value, list):
-        return tuple(value)
-    kinds = [option for option in (options or (hint,)) if isinstance(option, type)]
-    if Path in kinds and isinstance(value, str):
-        return Path(value)
-    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    wrong_bool = isinstance(value, bool) and bool not in kinds
-    if kinds and (wrong_bool or not isinstance(value, tuple(kinds))):
-        wanted = " or ".join(k.__name__ for k in kinds if k is not type(None))
-        raise RecipeError(f"{where} is {value!r}, expected {wanted}.")
-    return value
-
-
-__all__ = ["BUILT_IN", "Format", "ImageOptions", "Ranges", "Recipe", "load_recipe"]
+    recipe = fill(Recipe, table, where)
+    if recipe.data.tokenizer is None:
+        return recipe
+    data = dataclasses.replace(recipe.data, tokenizer=path.parent / recipe.data.tokenizer)
+    return dataclasses.replace(recipe, data=data)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+from qcompile.errors import OutputError
 
 GOOD, WRONG_INPUT, INACCURATE, NOT_FASTER = 0, 2, 3, 4
 
@@ -75,6 +78,23 @@ class Result:
             return f"NOT accurate enough: {self.warnings[0] if self.warnings else ''}"
         shown = "not timed" if speed is None else f"{speed:.2f}x as fast"
         return f"{shown}, {size:.1f}x smaller"
+
+
+def check_folder(folder: Path) -> None:
+    """Nothing, if a report can be written to `folder`, which need not exist yet.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise OutputError(f"the report cannot be written to {folder}: {place} is a file.")
+    if not os.access(place, os.W_OK):
+        raise OutputError(
+            f"the report cannot be written to {folder}: check permissions, or change --report."
+        )
 
 
 def grouped_float(result: Result, most: int = 8) -> list[tuple[str, str, int, str]]:

@@ -7,38 +7,50 @@ import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from qcompile import faster, tune
 from qcompile.build import Format
 from qcompile.errors import ModelError
 from qcompile.plan.make import Request
 from qcompile.plan.plan import Form, Plan
-from qcompile.run.session import Session
+from qcompile.run.profile import profile
+from qcompile.run.session import Feed, Session
 from qcompile.verify.latency import race, typical_feeds
-from qcompile.workshop import Attempt, Workshop
+from qcompile.workshop import Attempt, Ranging, Workshop
 
 if TYPE_CHECKING:
     from qcompile.compiler import Opened
 
 logger = logging.getLogger(__name__)
 _QUICK = 8  # held-out samples that choose between range methods
+_FINE_DB = 45.0  # no tuning above this
+_WORTH_IT = 1.15  # speed-up that leaving nodes float for accuracy must not go below
+_ROUNDS = 3  # of planning again with measured costs
 
 
 @dataclasses.dataclass
 class History:
-    """What was tried, and sentences about it for the report."""
+    """Sentences for the report about what was tried."""
 
     warnings: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
-def find_best(
-    shop: Workshop, request: Request, draft: Plan, opened: Opened
-) -> tuple[Attempt, History]:
-    """The best attempt: accurate first, then fast."""
+def find_best(shop: Workshop, request: Request, draft: Plan, opened: Opened) -> tuple[Attempt, History]:
+    """The best attempt: accurate enough first, then fast."""
     history = History()
     form: Format = "qdq" if shop.recipe.format == "qdq" else "fused"
     best = _choose_ranges(shop, draft, form, history)
-    best = _choose_format(shop, best, opened, history)
-    return best, history
+    found = None
+    if opened.samples is not None and best.db < _FINE_DB:
+        found = tune.sensitivity(shop, best.plan, best.ranging)
+    if found is not None and best.plan.of(Form.STATIC) and len(shop.methods) > 1:
+        best = _tune(shop, best, found, history)
+    best.speedup = _speed(best, opened)
+    best = _faster(shop, request, best, opened, history)
+    goal = shop.recipe.min_sqnr or shop.recipe.sqnr_goal
+    if found is not None and goal and best.db < goal:
+        best = _more_accurate(shop, request, best, found, goal, opened, history)
+    return _choose_format(shop, best, opened, history), history
 
 
 def _choose_ranges(shop: Workshop, plan: Plan, form: Format, history: History) -> Attempt:
@@ -47,17 +59,90 @@ def _choose_ranges(shop: Workshop, plan: Plan, form: Format, history: History) -
     attempts = []
     with shop.progress.stage("solving and checking", len(methods)) as step:
         for method in methods:
-            attempt = shop.attempt(plan, method, form)
+            attempt = shop.attempt(plan, Ranging(method), form)
             shop.judge(attempt, _QUICK)
             attempts.append(attempt)
             step(1, None)
-    best = min(attempts, key=lambda a: a.comparison.noise_to_signal if a.comparison else 0.0)
+    best = min(attempts, key=lambda a: a.noise)
+    if plan.of(Form.STATIC) and shop.recipe.bias_correction:
+        best = _shifted(shop, best)
     if len(attempts) > 1:
-        tried = ", ".join(
-            f"{a.method} {a.comparison.worst_db:.1f} dB" for a in attempts if a.comparison
-        )
+        tried = ", ".join(f"{a.ranging.method} {a.db:.1f} dB" for a in attempts)
+        history.notes.append(f"Ranges on held-out samples, worst output slice: {tried}.")
+    return best
+
+
+def _shifted(shop: Workshop, best: Attempt) -> Attempt:
+    """The same with biases corrected for the inputs' error as well, if that is better."""
+    attempt = shop.attempt(best.plan, dataclasses.replace(best.ranging, shift=True), best.form)
+    shop.judge(attempt, _QUICK)
+    return attempt if attempt.noise < best.noise else best
+
+
+def _tune(shop: Workshop, best: Attempt, found: tune.Sensitivity, history: History) -> Attempt:
+    """Single tensors get another range where that lowers the error of the outputs; kept if it does."""
+    single = tune.tune_ranges(shop, best, found)
+    if not single:
+        return best
+    attempt = shop.attempt(best.plan, Ranging(best.ranging.method, single), best.form)
+    shop.judge(attempt, _QUICK)
+    if shop.recipe.bias_correction:
+        attempt = _shifted(shop, attempt)
+    if attempt.noise >= best.noise:
+        return best
+    history.notes.append(
+        f"{len(single)} tensors have a range of their own: {best.db:.1f} -> {attempt.db:.1f} dB."
+    )
+    return attempt
+
+
+def _faster(shop: Workshop, request: Request, best: Attempt, opened: Opened, history: History) -> Attempt:
+    """Plans again with measured costs while that pays, if the result gains less than the plan promised."""
+    if not best.plan.of(Form.STATIC) or best.speedup >= _WORTH_IT:
+        return best
+    feed = _middle(opened)
+    with shop.progress.stage("finding what is slow", _ROUNDS) as step:
+        floats = profile(shop.prepared, feed, threads=shop.recipe.threads)
+        current, wanted = best, request
+        for _ in range(_ROUNDS):
+            wanted = faster.measured_request(shop, wanted, current, feed, floats)
+            plan = faster.plan_again(shop, wanted, current)
+            step(1, None)
+            if plan is None:
+                break
+            current = shop.attempt(plan, best.ranging, best.form)
+            current.speedup = _speed(current, opened)
+            logger.info("planned again: %.2fx", current.speedup)
+            if current.speedup > best.speedup:
+                shop.judge(current, _QUICK)
+                history.notes.append(f"Planned again with measured costs: {best.speedup:.2f}x -> {current.speedup:.2f}x.")
+                best = current
+    return best
+
+
+def _more_accurate(
+    shop: Workshop, request: Request, best: Attempt, found: tune.Sensitivity, goal: float,
+    opened: Opened, history: History,
+) -> Attempt:  # fmt: skip
+    """Leaves the most harmful nodes float until the goal is met, as long as the result stays fast."""
+    demanded = shop.recipe.min_sqnr is not None
+    start = best
+    with shop.progress.stage("trading speed for accuracy") as step:
+        for plan in tune.cheaper_noise(shop, request, best, found.noise, goal):
+            attempt = shop.attempt(plan, best.ranging, best.form)
+            shop.judge(attempt, _QUICK)
+            attempt.speedup = _speed(attempt, opened)
+            step(1, None)
+            if attempt.db <= best.db or (attempt.speedup < _WORTH_IT and not demanded):
+                continue
+            best = attempt
+            if best.db >= goal:
+                break
+    if best is not start:
+        more = len(best.plan.of(Form.FLOAT)) - len(start.plan.of(Form.FLOAT))
         history.notes.append(
-            f"Ranges: {tried} (worst output slice on held-out samples); {best.method} was taken."
+            f"{more} nodes more left float for accuracy: {start.db:.1f} -> {best.db:.1f} dB, "
+            f"{start.speedup:.2f}x -> {best.speedup:.2f}x (--sqnr-goal 0 turns this off)."
         )
     return best
 
@@ -67,28 +152,25 @@ def _choose_format(shop: Workshop, best: Attempt, opened: Opened, history: Histo
     racers: dict[str, Attempt] = {best.form: best}
     if shop.recipe.format == "auto" and best.plan.quantizes:
         try:
-            racers["qdq"] = shop.attempt(best.plan, best.method, "qdq")
+            racers["qdq"] = shop.attempt(best.plan, best.ranging, "qdq")
         except ModelError as error:
             history.notes.append(f"The portable format was not taken: {error}")
     with shop.progress.stage("timing"):
         speeds = time_attempts(racers, opened, shop.recipe.bench_seconds)
     for name, attempt in racers.items():
         attempt.speedup = speeds[name]
-    fastest = max(racers.values(), key=lambda a: a.speedup)
-    # The portable form is worth a little time: every runtime reads it.
-    chosen = fastest
+    chosen = max(racers.values(), key=lambda a: a.speedup)
     if len(racers) > 1:
-        history.notes.append(
-            "Formats: "
-            + ", ".join(f"{n} {a.speedup:.2f}x" for n, a in racers.items())
-            + f"; {chosen.form} was taken."
-        )
+        tried = ", ".join(f"{n} {a.speedup:.2f}x" for n, a in racers.items())
+        history.notes.append(f"Formats: {tried}; {chosen.form} was taken.")
     return chosen
 
 
-def time_attempts(
-    racers: Mapping[str, Attempt], opened: Opened, seconds: float
-) -> dict[str, float]:
+def _speed(attempt: Attempt, opened: Opened) -> float:
+    return time_attempts({"it": attempt}, opened, 0.4)["it"]
+
+
+def time_attempts(racers: Mapping[str, Attempt], opened: Opened, seconds: float) -> dict[str, float]:
     """The least speed-up over float on the typical feeds, by racer."""
     sessions: dict[str, Session] = {"fp32": opened.session}
     sessions |= {name: attempt.session for name, attempt in racers.items()}
@@ -97,8 +179,12 @@ def time_attempts(
     return {name: min(t.speedup[name] for t in timings) for name in racers}
 
 
-def timing_feeds(opened: Opened) -> list:
+def timing_feeds(opened: Opened) -> list[Feed]:
     """Held-out feeds, or the stand-in where there is no data."""
     if opened.samples is None:
         return [opened.feed]
     return list(opened.samples.held_out())
+
+
+def _middle(opened: Opened) -> Feed:
+    return typical_feeds(timing_feeds(opened))[0][1]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from qcompile.plan.plan import Plan
 from qcompile.report import Result, grouped_float
 
 _WORST = 6  # output slices shown
@@ -91,18 +94,35 @@ def show_outputs(facts: Mapping[str, Any]) -> None:
         console.print(f"[yellow]warning:[/] {escape(sentence)}")
 
 
+def show_plan(plan: Plan, model: str, output: Path | None) -> None:
+    """The plan, one node a line, and how to go on if it was written."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(plan.show(), markup=False)
+    if output is not None:
+        command = shlex.join(["qcompile", model, "--plan", str(output)])
+        console.print(f'wrote {escape(str(output))}: set nodes to "float", then: {escape(command)}')
+
+
+def show_targets(facts: Mapping[str, Any]) -> None:
+    """The targets, one a line."""
+    console = Console(highlight=False, soft_wrap=True)
+    for row in facts["targets"]:
+        mark = "*" if row["this_machine"] else " "
+        console.print(f"{mark} {row['name']:<20} {row['title']}", markup=False)
+    console.print("* this machine: what --target auto takes", markup=False)
+
+
 def show_table(facts: Mapping[str, Any], indent: int = 0) -> None:
     """Any nested table, one entry a line."""
     console = Console(highlight=False, soft_wrap=True)
+    pad = " " * indent
     for key, value in facts.items():
-        pad = " " * indent
         if isinstance(value, Mapping):
-            console.print(f"{pad}{escape(str(key))}:")
+            console.print(f"{pad}{key}:", markup=False)
             show_table(value, indent + 2)
         elif isinstance(value, list):
             for row in value:
-                console.print(
-                    f"{pad}{escape(str(key))}: " + ", ".join(f"{k} {v}" for k, v in row.items())
-                )
+                shown = ", ".join(f"{k} {v}" for k, v in row.items())
+                console.print(f"{pad}{key}: {shown}", markup=False)
         else:
-            console.print(f"{pad}{escape(str(key)):<{max(1, 24 - indent)}}{escape(str(value))}")
+            console.print(f"{pad}{key:<{max(1, 24 - indent)}} {value}", markup=False)

@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.build import Format, Solution, build
 from qcompile.calib.moments import rounding_shift
 from qcompile.calib.observe import Want, observe
-from qcompile.calib.ranges import HISTOGRAM_METHODS
+from qcompile.calib.ranges import HISTOGRAM_METHODS, METHODS
 from qcompile.calib.split import Samples
 from qcompile.calib.stats import TensorStats
 from qcompile.plan.candidates import Candidate
@@ -22,7 +23,7 @@ from qcompile.progress import Progress
 from qcompile.quant.scheme import QParams
 from qcompile.recipe import Recipe
 from qcompile.run.probe import Fact
-from qcompile.run.session import Feed, Options, Session
+from qcompile.run.session import Options, Session
 from qcompile.solve.activations import solve_activations
 from qcompile.solve.weights import InputMoments, solve_weights
 from qcompile.targets.schema import Target
@@ -31,17 +32,42 @@ from qcompile.verify.compare import Comparison, Reference
 _SHIFT_SAMPLES = 16
 
 
+@dataclasses.dataclass(frozen=True)
+class Ranging:
+    """How activation ranges and biases are found.
+
+    Attributes:
+        method: of `qcompile.calib.ranges`, for all tensors but those in `single`.
+        single: method of single tensors, by root name.
+        shift: biases are corrected for the mean error of the inputs, not only of the weights.
+    """
+
+    method: str
+    single: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    shift: bool = False
+
+
 @dataclasses.dataclass
 class Attempt:
     """A built model, and what was found out about it."""
 
     plan: Plan
-    method: str
+    ranging: Ranging
     form: Format
     model: ir.Model
     session: Session
     comparison: Comparison | None = None
     speedup: float = 0.0
+
+    @property
+    def noise(self) -> float:
+        """Noise-to-signal ratio of the worst output slice, 0 before it was judged."""
+        return 0.0 if self.comparison is None else self.comparison.noise_to_signal
+
+    @property
+    def db(self) -> float:
+        """SQNR of the worst output slice, infinite before it was judged."""
+        return float("inf") if self.comparison is None else self.comparison.worst_db
 
 
 class Workshop:
@@ -56,8 +82,8 @@ class Workshop:
         self.found = find_candidates(prepared, target, facts)
         self.stats: Mapping[str, TensorStats] = {}
         self.methods: tuple[str, ...] = ("minmax",)
-        self._shifts: dict[str, Mapping[str, np.ndarray]] = {}
-        self._few: list[Feed] | None = None
+        self.base: Coding | None = None  # of the plan that was calibrated
+        self._shifts: dict[tuple[str, float, int], npt.NDArray[np.float64]] = {}
 
     def plan(self, request: Request) -> Plan:
         """The cheapest plan within a request."""
@@ -78,9 +104,10 @@ class Workshop:
         self.methods = ("mean", "minmax", "mse") if ranges == "auto" else (ranges,)
         histogram = any(method in HISTOGRAM_METHODS for method in self.methods)
         inputs = self._conv_inputs(plan)
+        self.base = self.coding(plan)
         wanted = {
             value.name or "": Want(histogram, channels=value.name in inputs)
-            for value in self.coding(plan).tensors
+            for value in self.base.tensors
         }
         wanted |= {name: Want(histogram, channels=True) for name in inputs}
         total = self.samples.calibration_count
@@ -116,13 +143,13 @@ class Workshop:
                         )
         return reasons
 
-    def solve(self, plan: Plan, method: str) -> Solution:
+    def solve(self, plan: Plan, ranging: Ranging) -> Solution:
         """Scales, zero points, codes and corrected biases."""
-        params = solve_activations(plan, self.coding(plan), self.stats, method)
+        params = self.parameters(plan, ranging)
         moments: dict[str, InputMoments] = {}
         if self.recipe.bias_correction and self.samples is not None:
             inputs = [n for n in self._conv_inputs(plan) if self.stats[n].sums is not None]
-            shifts = self._shift(method, {n: params[n] for n in sorted(inputs)})
+            shifts = self._shift({n: params[n] for n in sorted(inputs)}) if ranging.shift else {}
             moments = {n: InputMoments(self.stats[n].mean(), shifts.get(n)) for n in inputs}
         weights = solve_weights(
             plan,
@@ -134,28 +161,38 @@ class Workshop:
         )
         return Solution(params, weights)
 
-    def _shift(self, method: str, params: Mapping[str, QParams]) -> Mapping[str, np.ndarray]:
-        if method not in self._shifts:
-            assert self.samples is not None
-            if self._few is None:
-                self._few = self.samples.few(_SHIFT_SAMPLES)
-            self._shifts[method] = rounding_shift(
-                self.prepared, params, self._few, self.facts, threads=self.recipe.threads
-            )
-        return self._shifts[method]
+    def parameters(self, plan: Plan, ranging: Ranging) -> dict[str, QParams]:
+        """Parameters of all coded tensors."""
+        single = {n: METHODS[m](self.stats[n]) for n, m in ranging.single.items() if n in self.stats}
+        return solve_activations(plan, self.coding(plan), self.stats, ranging.method, single)
 
-    def attempt(
-        self, plan: Plan, method: str, form: Format, solution: Solution | None = None
-    ) -> Attempt:
-        """The plan built and loaded.
+    def tuning_reference(self, samples: int) -> Reference:
+        """The float model on a few calibration samples: tuning must not see those held out."""
+        assert self.samples is not None
+        kept = self.samples.few(samples)
+        return self.reference.on(lambda: iter(kept))
+
+    def _shift(self, params: Mapping[str, QParams]) -> dict[str, npt.NDArray[np.float64]]:
+        """Mean rounding error of the tensors' channels; remembered, as attempts share most parameters."""
+        assert self.samples is not None
+        keys = {name: (name, float(p.scale), int(p.zero)) for name, p in params.items()}
+        new = {name: p for name, p in params.items() if keys[name] not in self._shifts}
+        if new:
+            feeds = self.samples.few(_SHIFT_SAMPLES)
+            found = rounding_shift(self.prepared, new, feeds, self.facts, threads=self.recipe.threads)
+            self._shifts.update((keys[name], shift) for name, shift in found.items())
+        return {name: self._shifts[key] for name, key in keys.items() if key in self._shifts}
+
+    def attempt(self, plan: Plan, ranging: Ranging, form: Format) -> Attempt:
+        """The plan solved, built and loaded.
 
         Raises:
             ModelError: ORT refuses the result.
         """
-        solution = self.solve(plan, method) if solution is None else solution
+        solution = self.solve(plan, ranging)
         model = build(self.prepared, plan, solution, self.target, self.facts, form)
         return Attempt(
-            plan, method, form, model, Session(model, Options("all", threads=self.recipe.threads))
+            plan, ranging, form, model, Session(model, Options("all", threads=self.recipe.threads))
         )
 
     def judge(self, attempt: Attempt, limit: int | None = None) -> Comparison:

@@ -20,14 +20,12 @@ import platform
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bench_process import Finished, measured, reason
+from bench_process import measured, reason
 from bench_table import markdown
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -37,15 +35,23 @@ TOOLS = ("qcompile", "ort", "ort-best", "nncf")
 _MATMUL_HEAVY = ("stsb", "books", "vad")
 _TRANSFORMERS = ("stsb", "books")
 _LONG = 1800.0  # seconds, for calibration data, scoring and timing
-_NOT_FASTER = 4  # qcompile's exit code for a result that is written and not faster
+_WRITTEN = (0, 3, 4)  # qcompile's exit codes for a written result: good, not accurate, not faster
 
 
-def recipe(tool: str, task: str) -> str:
-    """How `bench_peers.py` calls what a tool does for a task."""
+def recipes(tool: str, task: str) -> list[str]:
+    """How `bench_peers.py` calls what a tool does for a task; the first one counts that works."""
+    if tool == "qcompile":
+        return [""]
     if tool == "nncf":
-        return "nncf-transformer" if task in _TRANSFORMERS else "nncf"
+        return ["nncf-transformer", "nncf"] if task in _TRANSFORMERS else ["nncf"]
     kind = "dynamic" if task in _MATMUL_HEAVY else "static"
-    return f"{kind}-{'best' if tool == 'ort-best' else 'default'}"
+    if tool == "ort":
+        return [f"{kind}-default"]
+    return [
+        f"{kind}-best",
+        f"{kind}-best-raw",
+        *(["static-best-tensor"] if kind == "static" else []),
+    ]
 
 
 class Bench:
@@ -100,9 +106,7 @@ class Bench:
         outputs = {}
         for tool in tools:
             out = folder / f"{tool}.onnx"
-            row = self.compile(tool, name, model, data, out)
-            if not row.get("why"):
-                row |= self._score(name, out, model)
+            row = self.row(tool, name, model, data, out)
             if not row.get("why"):
                 outputs[tool] = out
             say(f"{name}: {tool}: {row.get('why') or _headline(row)}")
@@ -125,47 +129,40 @@ class Bench:
             part.rename(data)
         return data
 
-    def compile(self, tool: str, task: str, model: Path, data: Path, out: Path) -> dict[str, Any]:
+    def row(self, tool: str, task: str, model: Path, data: Path, out: Path) -> dict[str, Any]:
+        """The tool's result by the first of its recipes that works; if none does, why the first one does not."""
+        failed: dict[str, Any] = {}
+        for recipe in recipes(tool, task):
+            say(f"{task}: {tool} {recipe} ...")
+            row = self.compile(tool, recipe, model, data, out)
+            if not row.get("why"):
+                row |= self._score(task, out, model)
+            if not row.get("why"):
+                if failed:
+                    row["note"] += f", because {failed['recipe']} {failed['why']}"
+                return row
+            failed = failed or {"recipe": recipe, **row}
+        return failed
+
+    def compile(self, tool: str, recipe: str, model: Path, data: Path, out: Path) -> dict[str, Any]:
         """What it took to quantize, or why it failed."""
-        say(f"{task}: {tool} ...")
         out.unlink(missing_ok=True)
-        env = {
-            "PYTHONPATH": os.pathsep.join(
-                filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])
-            )
-        }
-        good = [0]
+        env = {}
         if tool == "qcompile":
-            command = [
-                sys.executable,
-                "-m",
-                "qcompile",
-                str(model),
-                "--data",
-                str(data),
-                "-o",
-                str(out),
-                "--json",
-            ]
-            good.append(_NOT_FASTER)
+            paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+            env = {"PYTHONPATH": os.pathsep.join(paths)}
+            command = ["-m", "qcompile", str(model), "--data", str(data), "-o", str(out), "--json"]
         else:
-            python = self.args.nncf_python if tool == "nncf" else sys.executable
-            command = [
-                python,
-                str(HERE / "bench_peers.py"),
-                recipe(tool, task),
-                str(model),
-                str(data),
-                str(out),
-            ]
-            env = {}
+            command = [str(HERE / "bench_peers.py"), recipe, str(model), str(data), str(out)]
+        python = self.args.nncf_python if tool == "nncf" else sys.executable
+        command = [python, *command]
         done = measured(command, limit=self.args.time_limit, env=env, folder=out.parent)
         row: dict[str, Any] = {"tool": tool, "seconds": done.seconds, "peak_rss_mb": done.peak_mb}
-        if done.code not in good:
+        if done.code not in (_WRITTEN if tool == "qcompile" else (0,)):
             return row | {"why": done.why()}
         if not out.exists():
             return row | {"why": "writes no model"}
-        answer = last_json(done)
+        answer = done.json()
         if tool == "qcompile":
             shown = {key: value for key, value in answer.items() if key not in ("model", "output")}
             return row | {"exit": done.code, "report": shown}
@@ -183,7 +180,7 @@ class Bench:
             if done.code == 1 and "in open_session" in done.err:
                 return {"why": f"does not load: {reason(done.err)}"}
             return {"why": f"does not run: {done.why()}"}
-        answer = last_json(done)
+        answer = done.json()
         alone = answer.pop("latency", None)
         size = (
             sum(f.stat().st_size for f in (model, *model.parent.glob(f"{model.name}?data*"))) / 1e6
@@ -211,18 +208,6 @@ class Bench:
 
     def _limit(self) -> list[str]:
         return ["--limit", str(self.args.limit)] if self.args.limit else []
-
-
-def last_json(done: Finished) -> dict[str, Any]:
-    """The last JSON object that a command printed: libraries print lines of their own before it."""
-    start = 0
-    lines = done.out.splitlines(keepends=True)
-    for start in range(len(lines) - 1, -1, -1):
-        if lines[start].startswith("{"):
-            with contextlib.suppress(ValueError):
-                answer: dict[str, Any] = json.loads("".join(lines[start:]))
-                return answer
-    return {}
 
 
 def _headline(row: dict[str, Any]) -> str:

@@ -12,15 +12,13 @@ import importlib
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    Feed = dict[str, np.ndarray[Any, Any]]
+Feed = dict[str, np.ndarray[Any, Any]]
 
 
 def load(file: Path) -> Feed:
@@ -65,16 +63,29 @@ def static_default(model: Path, data: Path, out: Path) -> str:
 
 def static_best(model: Path, data: Path, out: Path) -> str:
     """ORT's advice for x86: pre-process, then U8S8, per channel."""
-    quantization = importlib.import_module("onnxruntime.quantization")
     with tempfile.TemporaryDirectory() as folder:
-        model, note = _preprocessed(model, Path(folder))
-        quantization.quantize_static(
-            str(model), str(out), _reader(data), per_channel=True,
-            quant_format=quantization.QuantFormat.QDQ,
-            calibrate_method=quantization.CalibrationMethod.MinMax,
-            activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
-        )  # fmt: skip
-    return f"quantize_static, U8S8, per channel, QDQ, min-max, {note}"
+        return static_best_raw(_preprocessed(model, Path(folder)), data, out) + ", pre-processed"
+
+
+def static_best_raw(model: Path, data: Path, out: Path) -> str:
+    """U8S8, per channel, of the model as it is."""
+    return _static(model, data, out, per_channel=True)
+
+
+def static_best_tensor(model: Path, data: Path, out: Path) -> str:
+    """U8S8, per tensor: what is left where the model's opset knows no scales per channel."""
+    return _static(model, data, out, per_channel=False)
+
+
+def _static(model: Path, data: Path, out: Path, *, per_channel: bool) -> str:
+    quantization = importlib.import_module("onnxruntime.quantization")
+    quantization.quantize_static(
+        str(model), str(out), _reader(data), per_channel=per_channel,
+        quant_format=quantization.QuantFormat.QDQ,
+        calibrate_method=quantization.CalibrationMethod.MinMax,
+        activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
+    )  # fmt: skip
+    return f"quantize_static, U8S8, per {'channel' if per_channel else 'tensor'}, QDQ, min-max"
 
 
 def dynamic_default(model: Path, data: Path, out: Path) -> str:
@@ -86,28 +97,28 @@ def dynamic_default(model: Path, data: Path, out: Path) -> str:
 
 
 def dynamic_best(model: Path, data: Path, out: Path) -> str:
-    """Per-channel weights, on the pre-processed model."""
+    """Per-channel weights, of the pre-processed model."""
+    with tempfile.TemporaryDirectory() as folder:
+        return dynamic_best_raw(_preprocessed(model, Path(folder)), data, out) + ", pre-processed"
+
+
+def dynamic_best_raw(model: Path, data: Path, out: Path) -> str:
+    """Per-channel weights, of the model as it is."""
     del data
     quantization = importlib.import_module("onnxruntime.quantization")
-    with tempfile.TemporaryDirectory() as folder:
-        model, note = _preprocessed(model, Path(folder))
-        quantization.quantize_dynamic(
-            str(model), str(out), per_channel=True, weight_type=quantization.QuantType.QInt8
-        )
-    return f"quantize_dynamic, QInt8, per channel, {note}"
+    quantization.quantize_dynamic(
+        str(model), str(out), per_channel=True, weight_type=quantization.QuantType.QInt8
+    )
+    return "quantize_dynamic, QInt8, per channel"
 
 
-def _preprocessed(model: Path, folder: Path) -> tuple[Path, str]:
-    """The model that `quant_pre_process` makes of it, or itself where that fails or does not load."""
-    ort = importlib.import_module("onnxruntime")
-    quantization = importlib.import_module("onnxruntime.quantization.shape_inference")
+def _preprocessed(model: Path, folder: Path) -> Path:
+    """The model that ORT's own preparation makes of it."""
     out = folder / "preprocessed.onnx"
-    try:
-        quantization.quant_pre_process(str(model), str(out))
-        ort.InferenceSession(str(out), providers=["CPUExecutionProvider"])
-    except Exception as error:  # noqa: BLE001 - whatever it is, the tool can do without
-        return model, f"not pre-processed ({type(error).__name__})"
-    return out, "pre-processed"
+    importlib.import_module("onnxruntime.quantization.shape_inference").quant_pre_process(
+        str(model), str(out)
+    )
+    return out
 
 
 def nncf_default(model: Path, data: Path, out: Path) -> str:
@@ -129,8 +140,9 @@ def _nncf(model: Path, data: Path, out: Path, *, transformer: bool) -> str:
 
 
 RECIPES: dict[str, Callable[[Path, Path, Path], str]] = {
-    "static-default": static_default, "static-best": static_best,
-    "dynamic-default": dynamic_default, "dynamic-best": dynamic_best,
+    "static-default": static_default, "static-best": static_best, "static-best-raw": static_best_raw,
+    "static-best-tensor": static_best_tensor,
+    "dynamic-default": dynamic_default, "dynamic-best": dynamic_best, "dynamic-best-raw": dynamic_best_raw,
     "nncf": nncf_default, "nncf-transformer": nncf_transformer,
 }  # fmt: skip
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -10,15 +12,14 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+from typing import Any
 
 _ERROR = re.compile(
     r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|Fail|Exit|Interrupt|NotImplemented|InvalidGraph)\w*)\b:? ?(.*)"
 )
+_ORT = re.compile(r"\[ONNXRuntimeError\] : \d+ : \w+ : (Load model from \S+ failed:)?")
 _PATH = re.compile(r"(?:/[\w.+@%=-]+)+/([\w.+@%=-]+)")
 
 
@@ -38,6 +39,16 @@ class Finished:
     err: str
     seconds: float
     peak_mb: float
+
+    def json(self) -> dict[str, Any]:
+        """The last JSON object printed, {} if there is none: libraries print lines of their own before it."""
+        lines = self.out.splitlines(keepends=True)
+        for start in range(len(lines) - 1, -1, -1):
+            if lines[start].startswith("{"):
+                with contextlib.suppress(ValueError):
+                    answer: dict[str, Any] = json.loads("".join(lines[start:]))
+                    return answer
+        return {}
 
     def why(self) -> str:
         """Why it failed, in a line without paths of this machine."""
@@ -97,5 +108,5 @@ def reason(text: str) -> str:
         line = f"{found[1]}: {found[2]}" if found[2] else found[1]
     else:
         line = lines[-1] if lines else ""
-    line = _PATH.sub(r"\1", line).replace("[ONNXRuntimeError] : ", "")
+    line = _ORT.sub("", _PATH.sub(r"\1", line))
     return line if len(line) <= 160 else line[:157] + "..."

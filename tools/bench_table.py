@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 HEAD = (
     "task", "tool", "metric", "change ± σ", "SQNR dB", "agreement %", "speed-up", "MB", "seconds", "peak RSS MB",

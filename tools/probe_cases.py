@@ -2,101 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import onnx_ir as ir
-from onnx_ir.tape import Tape
+from probe_graph import Case, Graph
 
 from qcompile.targets.schema import OpRow
-
-Array = npt.NDArray[Any]
-SUBJECT = "subject"  # the name of the node that the row speaks of
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A graph with the row's node in it, and one feed.
-
-    Attributes:
-        row: the row that it belongs to.
-        name: shape and context, for people.
-        model: the float model; the row's node is named `SUBJECT`.
-        feed: standard normal numbers.
-        macs: multiply-accumulates of that node in one run.
-        context: the node stands behind a Conv, so that ORT may keep its tensors in NHWC.
-    """
-
-    row: OpRow
-    name: str
-    model: ir.Model
-    feed: dict[str, Array]
-    macs: float = 0.0
-    context: bool = False
-
-
-class _Graph:
-    """A float graph under construction: weights are drawn in the order they are asked for."""
-
-    def __init__(self) -> None:
-        self.tape = Tape()
-        self.inputs: list[ir.Value] = []
-        self.feed: dict[str, Array] = {}
-        self.rng = np.random.default_rng(0)
-        self.context = False
-
-    def input(self, *shape: int) -> ir.Value:
-        name = f"x{len(self.inputs)}"
-        self.feed[name] = self.rng.standard_normal(shape, np.float32)
-        kind = ir.TensorType(ir.DataType.FLOAT)
-        self.inputs.append(ir.Value(name=name, type=kind, shape=ir.Shape(shape)))
-        return self.inputs[-1]
-
-    def ids(self, count: int, limit: int) -> ir.Value:
-        name = f"x{len(self.inputs)}"
-        self.feed[name] = self.rng.integers(0, limit, (1, count), np.int64)
-        kind = ir.TensorType(ir.DataType.INT64)
-        self.inputs.append(ir.Value(name=name, type=kind, shape=ir.Shape((1, count))))
-        return self.inputs[-1]
-
-    def constant(self, values: Any, dtype: Any = np.float32) -> ir.Value:
-        name = f"c{len(self.tape.initializers)}"
-        return self.tape.initializer(ir.Tensor(np.asarray(values, dtype), name=name), name)
-
-    def weight(self, *shape: int) -> ir.Value:
-        return self.constant(self.rng.standard_normal(shape) / np.sqrt(max(1, np.prod(shape[1:]))))
-
-    def op(
-        self, op_type: str, *inputs: ir.Value | None, outputs: int = 1, **attributes: Any
-    ) -> list[ir.Value]:
-        results = self.tape.op_multi_out(
-            op_type, inputs, attributes or None, num_outputs=outputs, name=SUBJECT
-        )
-        return list(results)
-
-    def behind_conv(self, *shape: int) -> ir.Value:
-        """The output of a Conv, of this shape."""
-        self.context = True
-        x, w = self.input(*shape), self.weight(shape[1], shape[1], 1, 1)
-        return self.tape.op("Conv", (x, w), {"kernel_shape": [1, 1]}, name="before")
-
-    def before_conv(self, value: ir.Value, channels: int) -> ir.Value:
-        """The output of a Conv that reads `value`."""
-        w = self.weight(channels, channels, 1, 1)
-        return self.tape.op("Conv", (value, w), {"kernel_shape": [1, 1]}, name="after")
-
-    def case(self, row: OpRow, name: str, outputs: Sequence[ir.Value], macs: float = 0.0) -> Case:
-        for i, value in enumerate(outputs):
-            value.name, value.type = f"y{i}", ir.TensorType(ir.DataType.FLOAT)
-        graph = ir.Graph(
-            self.inputs, outputs, nodes=self.tape.nodes, initializers=self.tape.initializers,
-            opset_imports={"": 17}, name="probe",
-        )  # fmt: skip
-        return Case(row, name, ir.Model(graph, ir_version=8), self.feed, macs, self.context)
-
 
 Maker = Callable[[OpRow], Iterator[Case]]
 
@@ -110,7 +22,7 @@ def cases(row: OpRow) -> list[Case]:
 def _conv_case(
     row: OpRow, x: Sequence[int], w: Sequence[int], stride: int = 1, group: int = 1
 ) -> Case:
-    graph = _Graph()
+    graph = Graph()
     pad = w[2] // 2
     value = graph.op(
         "Conv", graph.input(*x), graph.weight(*w), graph.weight(w[0]),
@@ -165,7 +77,7 @@ def _matmul(row: OpRow) -> Iterator[Case]:
         (1, 768, 768),
         (1, 768, 3072),
     ):
-        graph = _Graph()
+        graph = Graph()
         x = graph.input(1, m, k) if row.type == "MatMul" else graph.input(m, k)
         extra = (graph.weight(n),) if row.type == "Gemm" else ()
         value = graph.op(
@@ -176,7 +88,7 @@ def _matmul(row: OpRow) -> Iterator[Case]:
 
 def _lstm(row: OpRow) -> Iterator[Case]:
     for steps, width, hidden in ((1, 128, 128), (50, 128, 128), (20, 512, 512)):
-        graph = _Graph()
+        graph = Graph()
         x = graph.input(steps, 1, width)
         w, r = (
             graph.constant(graph.rng.standard_normal((1, 4 * hidden, n)) / np.sqrt(n))
@@ -190,7 +102,7 @@ def _lstm(row: OpRow) -> Iterator[Case]:
 
 def _embedding(row: OpRow) -> Iterator[Case]:
     for rows, width, ids in ((30522, 384, 128), (30522, 384, 1)):
-        graph = _Graph()
+        graph = Graph()
         value = graph.op("Gather", graph.weight(rows, width), graph.ids(ids, rows))
         yield graph.case(row, f"{ids} of {rows}x{width}", value)
 
@@ -204,40 +116,42 @@ def _name(shape: Sequence[int]) -> str:
 
 def _binary(row: OpRow) -> Iterator[Case]:
     for shape in _SHAPES:
-        graph = _Graph()
+        graph = Graph()
         yield graph.case(
             row, _name(shape), graph.op(row.type, graph.input(*shape), graph.input(*shape))
         )
-    graph = _Graph()
+    graph = Graph()
     x, gate = graph.input(1, 256, 28, 28), graph.input(1, 256, 1, 1)
     yield graph.case(row, "1x256x28x28 by channel", graph.op(row.type, x, gate))
 
 
 def _unary(row: OpRow) -> Iterator[Case]:
     for shape in _SHAPES:
-        graph = _Graph()
+        graph = Graph()
         bounds = (graph.constant(-1.0), graph.constant(1.0)) if row.type == "Clip" else ()
-        attributes = {"alpha": 0.1} if row.type == "LeakyRelu" else {}
+        attributes: dict[str, Any] = {"alpha": 0.1} if row.type == "LeakyRelu" else {}
         yield graph.case(
             row, _name(shape), graph.op(row.type, graph.input(*shape), *bounds, **attributes)
         )
 
 
 def _image(
-    row: OpRow, channels: int, side: int, attributes: dict[str, Any], *constants: tuple[Any, Any]
-) -> Iterator[Case]:
-    """The operator alone, and behind a Conv, where ORT may use its NHWC form."""
-    for context in (False, True):
-        graph = _Graph()
+    row: OpRow, channels: int, side: int, attributes: dict[str, Any], *constants: tuple[Any, Any],
+    places: Sequence[str] = ("", "after Conv"),
+) -> Iterator[Case]:  # fmt: skip
+    """The operator alone, and beside a Conv, where ORT may use its NHWC form."""
+    for place in places:
+        graph = Graph()
         shape = (1, channels, side, side)
-        x = graph.behind_conv(*shape) if context else graph.input(*shape)
+        x = graph.behind_conv(*shape) if place == "after Conv" else graph.input(*shape)
         extra = [
             graph.constant(values, dtype) if values is not None else None
             for values, dtype in constants
         ]
-        value = graph.op(row.type, x, *extra, **attributes)
-        name = _name(shape) + (" after Conv" if context else "")
-        yield graph.case(row, name, value)
+        values = graph.op(row.type, x, *extra, **attributes)
+        if place == "before Conv":
+            values = [graph.before_conv(values[0], channels)]
+        yield graph.case(row, f"{_name(shape)} {place}".strip(), values)
 
 
 def _pool(row: OpRow) -> Iterator[Case]:
@@ -246,15 +160,16 @@ def _pool(row: OpRow) -> Iterator[Case]:
 
 
 def _max_pool(row: OpRow) -> Iterator[Case]:
-    yield from _image(
-        row, 64, 56, {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}
-    )
-    yield from _image(row, 128, 28, {"kernel_shape": [2, 2], "strides": [2, 2]})
+    places = ("", "before Conv", "after Conv")
+    large = {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}
+    small = {"kernel_shape": [2, 2], "strides": [2, 2]}
+    yield from _image(row, 64, 56, large, places=places)
+    yield from _image(row, 128, 28, small, places=places)
 
 
 def _concat(row: OpRow) -> Iterator[Case]:
     for channels, side in ((128, 28), (32, 14)):
-        graph = _Graph()
+        graph = Graph()
         parts = [graph.input(1, channels, side, side) for _ in range(2)]
         yield graph.case(
             row, f"2 of 1x{channels}x{side}x{side}", graph.op("Concat", *parts, axis=1)
@@ -281,7 +196,7 @@ def _slice(row: OpRow) -> Iterator[Case]:
 
 def _split(row: OpRow) -> Iterator[Case]:
     for context in (False, True):
-        graph = _Graph()
+        graph = Graph()
         x = graph.behind_conv(1, 128, 56, 56) if context else graph.input(1, 128, 56, 56)
         values = graph.op("Split", x, outputs=2, axis=1)
         yield graph.case(row, "1x128x56x56 in 2" + (" after Conv" if context else ""), values)
@@ -292,11 +207,11 @@ def _select(row: OpRow) -> Iterator[Case]:
 
 
 def _transpose(row: OpRow) -> Iterator[Case]:
-    graph = _Graph()
+    graph = Graph()
     yield graph.case(
         row, "1x128x12x64", graph.op("Transpose", graph.input(1, 128, 12, 64), perm=[0, 2, 1, 3])
     )
-    graph = _Graph()
+    graph = Graph()
     yield graph.case(
         row,
         "1x256x28x28 to NHWC",
@@ -305,7 +220,7 @@ def _transpose(row: OpRow) -> Iterator[Case]:
 
 
 def _reshape(row: OpRow) -> Iterator[Case]:
-    graph = _Graph()
+    graph = Graph()
     x = graph.input(1, 128, 28, 28)
     shapes: dict[str, list[Any]] = {
         "Reshape": [[1, 128, 784]],

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-    from qcompile.calib.data import InputSpec
+    from qcompile.calib.feeds import InputSpec
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # red, green, blue on 0..1, as in torchvision

@@ -27,6 +27,7 @@ Array = npt.NDArray[np.float64]
 HISTOGRAM_METHODS = ("percentile", "mse", "kl")
 _TAIL = 1e-5
 _STEPS = 40
+_SMALL = 4096  # values a sample
 
 
 def minmax(stats: TensorStats) -> Range:
@@ -35,7 +36,13 @@ def minmax(stats: TensorStats) -> Range:
 
 
 def mean(stats: TensorStats) -> Range:
-    """The mean of the samples' extremes."""
+    """The mean of the samples' extremes; small tensors (gates, pooled features) take all of their range.
+
+    The extremes of a few values a sample say nothing about outliers: their mean would saturate every
+    other sample.
+    """
+    if stats.count < _SMALL * len(stats.lows):
+        return minmax(stats)
     return float(np.mean(stats.lows or [0.0])), float(np.mean(stats.highs or [0.0]))
 
 

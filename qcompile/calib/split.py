@@ -43,6 +43,7 @@ class Samples:
                 np.linspace(self.count - 1, 0, held, endpoint=False).astype(int).tolist()
             )
         self._kept: list[Feed] | None = None
+        self._few: dict[int, list[Feed]] = {}
 
     @property
     def held_out_count(self) -> int:
@@ -83,6 +84,8 @@ class Samples:
 
     def few(self, most: int) -> list[Feed]:
         """Up to `most` calibration feeds, spread evenly, bounded in bytes."""
+        if most in self._few:
+            return self._few[most]
         step = max(1, self.calibration_count // most)
         chosen: list[Feed] = []
         room = _CACHE_BYTES
@@ -90,6 +93,7 @@ class Samples:
             if position % step == 0 and len(chosen) < most and room > 0:
                 chosen.append(feed)
                 room -= sum(np.asarray(v).nbytes for v in feed.values())
+        self._few[most] = chosen
         return chosen
 
     def first(self) -> Feed:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from tokenizers import Tokenizer
 
-    from qcompile.calib.data import InputSpec
+    from qcompile.calib.feeds import InputSpec
 
 IDS = "input_ids"
 FILLED = (IDS, "attention_mask", "token_type_ids", "position_ids")

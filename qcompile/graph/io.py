@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import onnx
+import onnx  # noqa: TID251 - the one door to protobuf
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
 
@@ -214,11 +214,11 @@ def convert_opset(model: ir.Model, opset: int) -> ir.Model:
     Raises:
         ModelError: the converter cannot do it.
     """
+    proto = _to_proto(model)
+    proto.ir_version = max(proto.ir_version, 8)  # below 4 the converter wants weights as inputs
     try:
-        proto = onnx.version_converter.convert_version(_to_proto(model), opset)
-    except (RuntimeError, ValueError) as error:
+        proto = onnx.version_converter.convert_version(proto, opset)
+    except (RuntimeError, ValueError, onnx.version_converter.ConvertError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise ModelError(f"the model cannot be raised to opset {opset}: {reason}.") from error
-    converted = ir.from_proto(proto)
-    converted.ir_version = max(model.ir_version, 8)
-    return converted
+    return ir.from_proto(proto)

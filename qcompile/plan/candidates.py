@@ -29,6 +29,14 @@ _MOVES = (
 )  # fmt: skip
 
 
+_LSTM_ATTRIBUTES = frozenset(
+    {
+        "activation_alpha", "activation_beta", "activations", "clip", "direction", "hidden_size",
+        "input_forget", "layout",
+    }
+)  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     """A node that can be integer.
@@ -158,10 +166,10 @@ def _linear(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
     depth = weight.shape[1] if attribute(node, "transB", 0) else weight.shape[0]
     if fact is not None and fact.shape is not None and fact.elements * depth < row.min_macs:
         return f"too small to gain ({fact.elements * depth} multiply-accumulates)"
-    return Candidate(node, "dynamic", row, (a,), _bias_add(node, weight))
+    return Candidate(node, "dynamic", row, (a,), _bias_add(node, weight, facts))
 
 
-def _bias_add(node: ir.Node, weight: npt.NDArray[Any]) -> tuple[ir.Node, ...]:
+def _bias_add(node: ir.Node, weight: npt.NDArray[Any], facts: Facts) -> tuple[ir.Node, ...]:
     """The Add of a constant per output channel that alone reads a MatMul."""
     user = sole_user(node.outputs[0]) if is_op(node, "MatMul") else None
     if user is None or not is_op(user, "Add") or user.graph is not node.graph:
@@ -171,21 +179,37 @@ def _bias_add(node: ir.Node, weight: npt.NDArray[Any]) -> tuple[ir.Node, ...]:
     per_channel = (
         bias is not None and bias.shape[-1:] == weight.shape[1:] and bias.size == weight.shape[1]
     )
-    return (user,) if per_channel and bias is not None and bias.dtype == np.float32 else ()
+    if not per_channel or bias is None or bias.dtype != np.float32:
+        return ()
+    fact = facts.get(node.outputs[0].name or "")  # a bias of more dimensions than the product adds some
+    known = fact is not None and fact.shape is not None and bias.ndim <= len(fact.shape)
+    return (user,) if bias.ndim == 1 or known else ()
 
 
 def _recurrent(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
     row = target.row("LSTM")
     if row is None:
         return "no integer kernel"
-    if not _is_float32(node.inputs[0], facts):
-        return _dtype_reason(node.inputs[0], facts)
-    if any(array(value) is None for value in node.inputs[1:3]):
-        return "its weights are not constant"
+    x = node.inputs[0]
+    if x is None or not _is_float32(x, facts):
+        return _dtype_reason(x, facts)
+    weights = [array(value) for value in node.inputs[1:3]]
+    for w in weights:
+        if w is None:
+            return "its weights are not constant"
+        if w.ndim != 3 or w.size == 0 or w.dtype != np.float32:
+            return f"its weights are {w.dtype} of {w.ndim} dimensions"
+        if not np.isfinite(w).all():
+            return "its weight holds NaN or infinities"
     if attribute(node, "layout", 0):
         return "layout 1 has no kernel"
-    assert node.inputs[0] is not None
-    return Candidate(node, "recurrent", row, (node.inputs[0],))
+    unknown = sorted(node.attributes.keys() - _LSTM_ATTRIBUTES)
+    if unknown:
+        return f"its kernel has no attribute {unknown[0]}"
+    one = sum(w.nbytes // len(w) for w in weights if w is not None)
+    if one < row.min_bytes:  # a step costs so little that quantizing the state costs more
+        return f"too small to gain ({one} bytes of weights a direction)"
+    return Candidate(node, "recurrent", row, (x,))
 
 
 def _binary(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:

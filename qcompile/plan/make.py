@@ -37,12 +37,22 @@ class Request:
         keep_float: node names -> why they must stay float.
         forms: forms that a person or a measurement fixed, by node name.
         dynamic: dynamic forms are allowed.
+        noise: noise-to-signal ratio that a coded tensor's root, or a dynamic node, adds to the outputs.
+        price: nanoseconds that one unit of noise costs; the plan then trades speed for accuracy.
+        roots: root of each coded tensor, by tensor name; needed where there is noise.
+        measured: (float, integer) nanoseconds of nodes, in place of the target's costs.
+        border: factor on the target's costs of borders.
     """
 
     calibrated: bool = True
     keep_float: Mapping[str, str] = dataclasses.field(default_factory=dict)
     forms: Mapping[str, Form] = dataclasses.field(default_factory=dict)
     dynamic: bool = True
+    noise: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    price: float = 0.0
+    roots: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    measured: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    border: float = 1.0
 
 
 def find_candidates(model: ir.Model, target: Target, facts: Facts) -> dict[str, Candidate | str]:
@@ -76,7 +86,7 @@ def make_plan(
         name: item
         for name, item in found.items()
         if isinstance(item, Candidate) and item.role == "dynamic" and request.dynamic
-        and _allowed(name, item, request)
+        and _allowed(name, item, request) and _worth_its_noise(name, item, facts, request)
     }  # fmt: skip
     absorbed = {n.name or "": c for c in (*static.values(), *linear.values()) for n in c.absorbed}
     for name in absorbed:
@@ -87,6 +97,13 @@ def make_plan(
     for name, item in found.items():
         entries.append(_entry(name, item, chosen, static, absorbed, target, request, model))
     return Plan(target.name, target.activation, tuple(entries))
+
+
+def _worth_its_noise(name: str, item: Candidate, facts: Facts, request: Request) -> bool:
+    if not request.price or name not in request.noise:
+        return True
+    as_float, as_int = request.measured.get(name) or node_costs(item, facts)
+    return request.price * request.noise[name] < as_float - as_int
 
 
 def _allowed(name: str, item: Candidate, request: Request) -> bool:
@@ -108,8 +125,10 @@ def _entry(
     if isinstance(item, str):
         return NodePlan(name, op, Form.FLOAT, why=item)
     if item.role in ("dynamic", "recurrent"):
-        if not request.dynamic or (item.role == "dynamic" and name not in chosen):
+        if not request.dynamic:
             return NodePlan(name, op, Form.FLOAT, why="dynamic quantization is off")
+        if item.role == "dynamic" and name not in chosen:
+            return NodePlan(name, op, Form.FLOAT, why="left float for accuracy")
         axis = 1 if item.role == "dynamic" else 0
         if item.role == "dynamic" and attribute(item.node, "transB", 0):
             axis = 0
@@ -125,7 +144,8 @@ def _entry(
     if not request.calibrated:
         return NodePlan(name, op, Form.FLOAT, why="needs calibration data: give --data")
     if name in static:
-        return NodePlan(name, op, Form.FLOAT, why="an integer kernel would not pay for its borders")
+        why = "left float for accuracy or speed" if request.price or request.measured else "an integer kernel would not pay for its borders"
+        return NodePlan(name, op, Form.FLOAT, why=why)
     return NodePlan(name, op, Form.FLOAT, why="not asked for")
 
 
@@ -183,7 +203,7 @@ def _cut(
     hidden = {id(n) for item in static.values() for n in item.absorbed}
     readers: dict[ir.Value, list[str]] = {}
     for name, item in static.items():
-        as_float, as_int = node_costs(item, facts)
+        as_float, as_int = request.measured.get(name) or node_costs(item, facts)
         if request.forms.get(name) in (Form.STATIC, Form.FREE):
             network.edge(0, vertex[name], None)
         network.edge(0, vertex[name], as_float)
@@ -196,7 +216,7 @@ def _cut(
         floats = value.is_graph_output() or any(
             id(use.node) not in code_nodes and id(use.node) not in hidden for use in value.uses()
         )
-        to_codes, to_float = border_costs(value, target, facts)
+        to_codes, to_float = (request.border * ns for ns in border_costs(value, target, facts))
         made_by = vertex[producer[value]] if value in producer else 1
         if codes:
             gate = network.vertex()
@@ -211,8 +231,32 @@ def _cut(
                 network.edge(made_by, gate, to_float)
                 for name in codes:
                     network.edge(gate, vertex[name], None)
+    _charge_noise(network, vertex, readers, producer, request)
     side = network.integer_side()
     return {name for name, number in vertex.items() if number in side}
+
+
+def _charge_noise(
+    network: _Network,
+    vertex: Mapping[str, int],
+    readers: Mapping[ir.Value, list[str]],
+    producer: Mapping[ir.Value, str],
+    request: Request,
+) -> None:
+    """A root's noise is paid once, if any integer node reads or makes a tensor that shares its codes."""
+    if not request.price:
+        return
+    charges: dict[str, int] = {}
+    for value in dict.fromkeys([*readers, *producer]):
+        root = request.roots.get(value.name or "", value.name or "")
+        noise = request.noise.get(root, 0.0)
+        if noise <= 0:
+            continue
+        if root not in charges:
+            charges[root] = network.vertex()
+            network.edge(charges[root], 1, request.price * noise)
+        for name in [*readers.get(value, []), *([producer[value]] if value in producer else [])]:
+            network.edge(vertex[name], charges[root], None)
 
 
 def node_costs(item: Candidate, facts: Facts) -> tuple[float, float]:
@@ -228,6 +272,11 @@ def node_costs(item: Candidate, facts: Facts) -> tuple[float, float]:
         weight = item.node.inputs[1]
         assert weight is not None and weight.shape is not None
         macs = elements * float(np.prod([int(d) for d in list(weight.shape)[1:]]))  # type: ignore[arg-type]
+    elif item.role == "dynamic":
+        weight = item.node.inputs[1]
+        assert weight is not None and weight.shape is not None
+        depth = weight.shape[1 if attribute(item.node, "transB", 0) else 0]
+        macs = elements * float(int(depth))  # type: ignore[arg-type]
     return item.row.float.ns(macs, elements, inputs), item.row.int8.ns(macs, elements, inputs)
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import enum
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
-from qcompile.errors import RecipeError, nearest
+from qcompile.errors import RecipeError
+from qcompile.table import fill, read_text
 
 VERSION = 1
 
@@ -126,31 +127,17 @@ def load_plan(path: Path) -> Plan:
     Raises:
         RecipeError: not a plan; the message names the file and the entry.
     """
+    where = f"plan {path}"
     try:
-        table = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise RecipeError(f"plan {path} cannot be read: {error.strerror}.") from error
+        table = json.loads(read_text(path, where))
     except ValueError as error:
-        raise RecipeError(f"plan {path} is not valid JSON: {error}.") from error
-    if not isinstance(table, dict) or table.get("version") != VERSION:
+        raise RecipeError(f"{where} is not valid JSON: {error}.") from error
+    if not isinstance(table, dict) or table.pop("version", None) != VERSION:
         raise RecipeError(
-            f"plan {path} is not a plan of version {VERSION}: write one with `qcompile plan`."
+            f"{where} is not a plan of version {VERSION}: write one with `qcompile plan`."
         )
-    try:
-        entries = tuple(
-            _entry(row, f"plan {path}, node {i}") for i, row in enumerate(table["nodes"])
-        )
-        return Plan(table["target"], table["activation"], entries)
-    except KeyError as error:
-        raise RecipeError(f"plan {path} lacks the key {error}.") from error
-
-
-def _entry(row: Mapping[str, Any], where: str) -> NodePlan:
-    fields = [field.name for field in dataclasses.fields(NodePlan)]
-    for key in row:
-        if key not in fields:
-            raise RecipeError(f"{where}: unknown key {key!r}.{nearest(key, fields)}")
-    form = row["form"]
-    if form not in list(Form):
-        raise RecipeError(f"{where}: unknown form {form!r}.{nearest(form, list(Form))}")
-    return NodePlan(**{**row, "form": Form(form)})
+    plan = fill(Plan, table, where)
+    for name, count in Counter(entry.node for entry in plan.nodes).items():
+        if count > 1:
+            raise RecipeError(f"{where} has {count} entries for node {name!r}: keep one.")
+    return plan

@@ -3,22 +3,53 @@
 onnx's shape inference stops at custom operators and at shapes computed at run time. Here the model
 is loaded with every value as an output, which tells the types, and run once on a real feed with
 `Shape` of each, which tells the shapes. Nothing large is kept.
+
+What is inside bodies of If, Loop and Scan cannot be an output. There onnx's inference goes on from
+what was found outside, and past operators that it does not know the types are handed on.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 from qcompile.errors import ModelError
-from qcompile.graph.edit import Names
+from qcompile.graph.edit import Names, attribute
 from qcompile.run.session import Feed, Options, Session
 
 _NOT_TENSORS = ("Sequence", "Optional", "SplitToSequence", "ConcatFromSequence", "StringSplit")
+_BODY_DATA = 1024  # bytes of a body's initializer that inference may want to read: a shape, an axis
+_BOOL = frozenset(
+    {
+        "And", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not",
+        "Or", "Xor",
+    }
+)  # fmt: skip
+_INT64 = frozenset({"ArgMax", "ArgMin", "NonZero", "Shape", "Size"})
+# The first output has the type of the inputs: of the first one whose type is known.
+_SAME = frozenset(
+    {
+        "Abs", "Add", "AveragePool", "BatchNormalization", "BiasGelu", "Clip", "Concat", "Conv",
+        "ConvTranspose", "Cos", "CumSum", "DepthToSpace", "Div", "Dropout", "Einsum", "Elu", "Erf",
+        "Exp", "Expand", "FastGelu", "Flatten", "FusedConv", "FusedGemm", "FusedMatMul", "GRU",
+        "Gather", "GatherElements", "GatherND", "Gelu", "Gemm", "GlobalAveragePool",
+        "GlobalMaxPool", "HardSigmoid", "HardSwish", "Identity", "InstanceNormalization", "LSTM",
+        "LayerNormalization", "LeakyRelu", "Log", "MatMul", "Max", "MaxPool", "Mean", "Min", "Mul",
+        "MultiHeadAttention", "Neg", "PRelu", "Pad", "Pow", "QuickGelu", "RNN", "Reciprocal",
+        "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "Relu", "Reshape",
+        "Resize", "RotaryEmbedding", "ScatterElements", "ScatterND", "Sigmoid", "Sign",
+        "SimplifiedLayerNormalization", "Sin", "SkipLayerNormalization", "Slice", "Softmax",
+        "Softplus", "SpaceToDepth", "Split", "Sqrt", "Squeeze", "Sub", "Sum", "Tanh", "Tile",
+        "TopK", "Transpose", "Unsqueeze",
+    }
+)  # fmt: skip
+_SAME_ALL = frozenset({"LSTM", "GRU", "RNN", "Split"})  # and so have their other outputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,10 +66,158 @@ class Fact:
 
 
 def probe(model: ir.Model, feed: Feed | None) -> Mapping[str, Fact]:
-    """A fact for each value of the main graph, its inputs included.
+    """A fact for each value of the main graph, its inputs included, and of the bodies.
 
-    With `feed` None only the types are found.
+    Names may repeat in bodies: of a repeated one is known what holds for all its bearers. Shapes in
+    bodies are those that follow from the feed's, in branches that it does not take too. With `feed`
+    None the types are found, and such shapes as are the same for every feed.
     """
+    facts = _main(model, feed)
+    for value in _body_values(inferred(model, facts)) if _bodies(model.graph) else ():
+        fact = Fact(_numpy(value.dtype), _static_shape(value))
+        other = facts.get(value.name or "", fact)
+        facts[value.name or ""] = Fact(
+            fact.dtype if fact.dtype == other.dtype else None,
+            fact.shape if fact.shape == other.shape else None,
+        )
+    return facts
+
+
+def inferred(model: ir.Model, facts: Mapping[str, Fact]) -> ir.Model:
+    """A copy, of the same nodes in the same order, that carries types and shapes in bodies too.
+
+    They follow from the facts of the main graph, from the shapes that the model declares for its
+    inputs, and from the weights. Shapes declared for other values are not believed: ORT does not
+    enforce them. Where nothing follows, a shape is None.
+    """
+    clone = model.clone()
+    overridable = {value.name for value in clone.graph.inputs} & clone.graph.initializers.keys()
+    for name in overridable:  # their values are no constants
+        del clone.graph.initializers[name or ""]
+    inputs = set(clone.graph.inputs)
+    for graph in clone.graphs():
+        for value in (*graph.inputs, *(value for node in graph for value in node.outputs)):
+            fact = facts.get(value.name or "") if graph is clone.graph else None
+            if value not in inputs:
+                value.shape = None
+            if fact is not None and fact.shape is not None:
+                value.shape = ir.Shape(fact.shape)
+            if fact is not None and fact.dtype is not None and fact.dtype != np.object_:
+                value.dtype = ir.DataType.from_numpy(fact.dtype)
+    _weights_outside(clone)
+    _infer(clone)
+    _hand_on(clone.graph)
+    return clone
+
+
+def _weights_outside(clone: ir.Model) -> None:
+    """Large weights of bodies become inputs of the model: inference would copy them otherwise."""
+    names = Names(clone)
+    for graph in list(clone.graphs()):
+        for name, value in list(graph.initializers.items()):
+            tensor = value.const_value
+            if graph is clone.graph or tensor is None or tensor.nbytes <= _BODY_DATA:
+                continue
+            del graph.initializers[name]
+            value.name = names.fresh(name)
+            value.const_value = None
+            value.type, value.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
+            clone.graph.inputs.append(value)
+
+
+def _infer(clone: ir.Model) -> None:
+    logger = logging.getLogger("onnx_ir.passes.common.shape_inference")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # that it fails is nothing that the user could mend
+    try:
+        ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(clone)
+    except Exception as error:  # noqa: BLE001 - best effort; it raises many kinds
+        logging.getLogger(__name__).debug("no shape inference: %s", error)
+    finally:
+        logger.setLevel(level)
+
+
+def _hand_on(graph: ir.Graph) -> None:
+    """Types through operators that inference did not get past, bodies before their node."""
+    for node in graph:
+        for body in _bodies_of(node):
+            _into(node, body)
+            _hand_on(body)
+        for i, value in enumerate(node.outputs):
+            if _kind(value) is None and not isinstance(value.type, ir.SequenceType):
+                kind = _output_kind(node, i)
+                if kind is not None:
+                    value.dtype = kind
+
+
+def _into(node: ir.Node, body: ir.Graph) -> None:
+    """The types of what a Loop or Scan hands to its body."""
+    given = [_kind(value) for value in node.inputs]
+    if node.op_type == "Loop":
+        given[:2] = [ir.DataType.INT64, ir.DataType.BOOL]
+    for value, kind in zip(body.inputs, given, strict=False):
+        if _kind(value) is None and kind is not None:
+            value.dtype = kind
+
+
+def _output_kind(node: ir.Node, i: int) -> ir.DataType | None:
+    op, kinds = node.op_type, [_kind(value) for value in node.inputs]
+    bodies = _bodies_of(node)
+    if bodies:
+        i += op == "Loop"  # the condition comes first
+        found = {_kind(body.outputs[i]) for body in bodies if i < len(body.outputs)}
+        return found.pop() if len(found) == 1 else None
+    if node.domain not in ("", "ai.onnx", "com.microsoft"):
+        return None
+    if op in _BOOL:
+        return ir.DataType.BOOL
+    if op in _INT64:
+        return ir.DataType.INT64
+    if op == "Cast":
+        return ir.DataType(attribute(node, "to", 0))
+    if op in ("Where", "CastLike", "DequantizeLinear") and len(kinds) > 1:
+        return kinds[1]
+    if op in _SAME and (i == 0 or op in _SAME_ALL):
+        first = kinds[:1] if op in ("Gather", "Reshape", "Slice", "Pad", "Tile", "TopK") else kinds
+        return next((kind for kind in first if kind is not None), None)
+    return None
+
+
+def _kind(value: ir.Value | None) -> ir.DataType | None:
+    known = value is not None and value.dtype not in (None, ir.DataType.UNDEFINED)
+    return value.dtype if known and value is not None else None
+
+
+def _bodies(graph: ir.Graph) -> list[ir.Graph]:
+    return [body for node in graph for body in _bodies_of(node)]
+
+
+def _bodies_of(node: ir.Node) -> list[ir.Graph]:
+    return [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+
+
+def _body_values(clone: ir.Model) -> Iterator[ir.Value]:
+    for graph in clone.graphs():
+        if graph is not clone.graph:
+            values = (*graph.inputs, *(value for node in graph for value in node.outputs))
+            yield from (value for value in values if value.name)
+
+
+def _static_shape(value: ir.Value) -> tuple[int, ...] | None:
+    dims = None if value.shape is None else list(value.shape)
+    if dims is None or not all(isinstance(dim, int) for dim in dims):
+        return None
+    return tuple(dim for dim in dims if isinstance(dim, int))
+
+
+def _numpy(kind: ir.DataType | None) -> np.dtype[Any] | None:
+    if kind is None or kind == ir.DataType.UNDEFINED:
+        return None
+    return kind.numpy()
+
+
+def _main(model: ir.Model, feed: Feed | None) -> dict[str, Fact]:
+    """Facts of the main graph, from a session."""
     values = [
         value
         for node in model.graph
@@ -93,19 +272,10 @@ def _declared(model: ir.Model, feed: Feed | None) -> dict[str, Fact]:
     facts = {}
     for node in model.graph:
         for value in node.outputs:
-            shape = value.shape
-            known = shape is not None and all(isinstance(d, int) for d in shape)
-            dims = tuple(int(d) for d in shape) if known and shape is not None else None  # type: ignore[arg-type]
-            dtype = None
-            if value.dtype is not None and value.dtype != ir.DataType.UNDEFINED:
-                dtype = value.dtype.numpy()
             if value.name:
-                facts[value.name] = Fact(dtype, dims)
+                facts[value.name] = Fact(_numpy(value.dtype), _static_shape(value))
     for value in model.graph.inputs:
         if value.name:
             data = None if feed is None else feed.get(value.name)
-            facts[value.name] = Fact(
-                None if value.dtype is None else value.dtype.numpy(),
-                None if data is None else np.shape(data),
-            )
+            facts[value.name] = Fact(_numpy(value.dtype), None if data is None else np.shape(data))
     return facts

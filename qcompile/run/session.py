@@ -91,7 +91,8 @@ class Session:
                 self._source(model), settings, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # ORT raises a dozen unrelated classes
-            raise ModelError(f"ONNX Runtime refuses the model: {_first_line(error)}") from error
+            which = model if isinstance(model, Path) else "the model"
+            raise ModelError(f"ONNX Runtime refuses {which}: {_first_line(error)}") from error
         self.inputs = tuple(map(_info, self._session.get_inputs()))
         self.outputs = tuple(map(_info, self._session.get_outputs()))
         self._names = {item.name for item in self.inputs}

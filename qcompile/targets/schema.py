@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import platform
-import tomllib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from qcompile.errors import RecipeError, nearest
+from qcompile.quant.scheme import Scheme
+from qcompile.table import fill, read_text, read_toml
 
 Role = Literal[
     "conv", "dynamic", "recurrent", "embedding", "binary", "unary", "pool", "concat", "same"
@@ -54,8 +55,8 @@ class OpRow:
     type: str
     kernel: str
     role: Role
-    float: Cost
-    int8: Cost
+    float: Cost = dataclasses.field(default_factory=Cost)
+    int8: Cost = dataclasses.field(default_factory=Cost)
     variant: str = ""
     min_macs: int = 0
     min_bytes: int = 0
@@ -77,23 +78,50 @@ class Boundary:
 
 
 @dataclasses.dataclass(frozen=True)
+class Machine:
+    """What a target runs on.
+
+    Attributes:
+        arch: names that `platform.machine` may give.
+        flags: instruction sets that it must have; `a|b` is either.
+    """
+
+    arch: tuple[str, ...]
+    flags: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Target:
-    """A runtime on a kind of machine."""
+    """A runtime on a kind of machine: the keys of a target file.
+
+    Attributes:
+        name, title: for reports and lists.
+        machine: what it runs on.
+        activation, weight: spellings of the schemes of activations and weights.
+        saturating: whether products of full 8-bit codes can overflow 16 bits.
+        boundary: costs between float and integer regions.
+        op: the operators that have an integer kernel.
+        refused: operator types that stay float -> why.
+    """
 
     name: str
     title: str
-    arch: tuple[str, ...]
-    flags: tuple[str, ...]
+    machine: Machine
     activation: str
     weight: str
     saturating: bool
     boundary: Boundary
-    ops: tuple[OpRow, ...]
+    op: tuple[OpRow, ...]
     refused: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        """Raises: RecipeError if a scheme is not spelled right."""
+        Scheme.parse(self.activation)
+        Scheme.parse(self.weight)
 
     def row(self, op_type: str, variant: str = "") -> OpRow | None:
         """The row for an operator: that of its variant if there is one, else the general one."""
-        rows = {row.variant: row for row in self.ops if row.type == op_type}
+        rows = {row.variant: row for row in self.op if row.type == op_type}
         return rows.get(variant) or rows.get("")
 
 
@@ -114,69 +142,34 @@ def load_target(name: str) -> Target:
     if name == "auto":
         return detect()
     if name in target_names():
-        text = (resources.files("qcompile.targets") / f"{name}.toml").read_text("utf-8")
-        return _parse(text, name)
+        return fill(Target, _table(_shipped(name), f"target {name}"), f"target {name}")
     path = Path(name)
     if path.suffix == ".toml" and path.exists():
-        return _parse(path.read_text("utf-8"), str(path))
+        where = f"target {path}"
+        return fill(Target, _table(read_text(path, where), where), where)
     known = target_names()
     raise RecipeError(
         f"there is no target {name!r}.{nearest(name, known)} Known: {', '.join(known)}; or give a .toml file."
     )
 
 
-def _parse(text: str, where: str) -> Target:
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RecipeError(f"target {where} is not valid TOML: {error}.") from error
+def _shipped(name: str) -> str:
+    return (resources.files("qcompile.targets") / f"{name}.toml").read_text("utf-8")
+
+
+def _table(text: str, where: str) -> dict[str, Any]:
+    """The keys of a target file over those of the shipped target that it `extends`."""
+    table = read_toml(text, where)
     base = table.pop("extends", None)
-    if base is not None:
-        parent = (resources.files("qcompile.targets") / f"{base}.toml").read_text("utf-8")
-        table = tomllib.loads(parent) | table
-    keys = {
-        "name",
-        "title",
-        "machine",
-        "activation",
-        "weight",
-        "saturating",
-        "boundary",
-        "op",
-        "refused",
-    }
-    for key in table:
-        if key not in keys:
-            raise RecipeError(f"target {where} has an unknown key {key!r}.{nearest(key, keys)}")
-    for key in sorted(keys - table.keys()):
-        raise RecipeError(f"target {where} lacks the key {key!r}.")
-    return Target(
-        name=table["name"], title=table["title"], arch=tuple(table["machine"]["arch"]),
-        flags=tuple(table["machine"]["flags"]), activation=table["activation"],
-        weight=table["weight"], saturating=table["saturating"],
-        boundary=_make(Boundary, table["boundary"], f"target {where}, [boundary]"),
-        ops=tuple(_row(row, f"target {where}, op {i}") for i, row in enumerate(table["op"])),
-        refused=table["refused"],
-    )  # fmt: skip
-
-
-def _row(table: dict[str, Any], where: str) -> OpRow:
-    costs = {key: _make(Cost, table.get(key, {}), f"{where}, {key}") for key in ("float", "int8")}
-    row: OpRow = _make(OpRow, table | costs, where)
-    if row.role not in get_args(Role):
-        raise RecipeError(f"{where}: unknown role {row.role!r}.{nearest(row.role, get_args(Role))}")
-    return row
-
-
-def _make(kind: Any, table: Mapping[str, Any], where: str) -> Any:
-    fields = {field.name for field in dataclasses.fields(kind)}
-    for key in table:
-        if key not in fields:
-            raise RecipeError(f"{where}: unknown key {key!r}.{nearest(key, fields)}")
-    try:
-        return kind(**table)
-    except TypeError as error:
-        raise RecipeError(f"{where}: {error}.") from error
+    if base is None:
+        return table
+    known = target_names()
+    if base not in known:
+        raise RecipeError(
+            f"{where} extends {base!r}, which is no target that ships with qcompile."
+            f"{nearest(str(base), known)} Known: {', '.join(known)}."
+        )
+    return _table(_shipped(base), f"target {base}") | table
 
 
 def detect() -> Target:
@@ -188,8 +181,8 @@ def detect() -> Target:
     machine, flags = platform.machine(), cpu_flags()
     for name in ("ort-cpu-x64-vnni", "ort-cpu-x64-avx2", "ort-cpu-arm64"):
         target = load_target(name)
-        wanted = [any(f in flags for f in flag.split("|")) for flag in target.flags]
-        if machine in target.arch and all(wanted):
+        wanted = [any(f in flags for f in flag.split("|")) for flag in target.machine.flags]
+        if machine in target.machine.arch and all(wanted):
             return target
     raise RecipeError(
         f"no target fits this machine ({machine}): choose one with --target from {', '.join(target_names())}."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +56,13 @@ class Comparison:
         return found
 
 
+class Runner(Protocol):
+    """What can be compared with the reference: a session, or something that runs like one."""
+
+    def run(self, feed: Feed, outputs: Sequence[str] | None = None) -> list[Array]:
+        """The outputs of that name for one feed."""
+
+
 class Reference:
     """The float model on the held-out samples; its outputs are kept while they are small."""
 
@@ -70,6 +77,10 @@ class Reference:
         self._kept: list[list[Array]] = []
         self._room = _CACHE_BYTES
 
+    def on(self, samples: Callable[[], Iterable[Feed]]) -> Reference:
+        """The same model and slices on other samples."""
+        return Reference(self._session, samples, self._parts)
+
     def _outputs(self, number: int, feed: Feed) -> list[Array]:
         if number < len(self._kept):
             return self._kept[number]
@@ -80,7 +91,7 @@ class Reference:
             self._kept.append(values)
         return values
 
-    def compare(self, result: Session, limit: int | None = None) -> Comparison:
+    def compare(self, result: Runner, limit: int | None = None) -> Comparison:
         """The errors of `result` over the first `limit` samples."""
         errors = {
             name: [Error(part) for part in self._parts.get(name, [Part("all")])]

@@ -242,13 +242,13 @@ def test_folder_without_data_or_with_two_kinds(tmp_path: Path) -> None:
 def test_missing_path(path: str) -> None:
     with pytest.raises(
         DataError,
-        match=r"There is no calibration data at '.+': give a file or folder that exists, or module:",
+        match=r"there is no calibration data at '.+': give a file or folder that exists, or module:",
     ):
         opened(path)
 
 
 def test_missing_path_object_is_no_function() -> None:
-    with pytest.raises(DataError, match=r"There is no calibration data at 'a:b'"):
+    with pytest.raises(DataError, match=r"there is no calibration data at 'a:b'"):
         opened(Path("a:b"))
 
 

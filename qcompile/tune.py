@@ -1,0 +1,116 @@
+"""Spends measured sensitivity: better ranges where they matter, float where nothing else helps."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+from qcompile.errors import ModelError
+from qcompile.plan.make import Request
+from qcompile.plan.plan import Form, Plan
+from qcompile.quant.scheme import QParams, Scheme
+from qcompile.verify.sensitivity import Meter, Noise, improve_ranges, measure, switched
+from qcompile.workshop import Attempt, Ranging, Workshop
+
+logger = logging.getLogger(__name__)
+
+_SAMPLES = 3  # calibration samples that sensitivities are measured on
+_GROUPS = 24
+_TENSORS = 12  # tensors whose range is searched one by one
+_PRICES = 40  # steps of the search for a price
+
+
+@dataclasses.dataclass
+class Sensitivity:
+    """The noise of a plan's sites, and the meter that measured it; kept for later plans."""
+
+    noise: Noise
+    meter: Meter
+
+
+def sensitivity(shop: Workshop, plan: Plan, ranging: Ranging) -> Sensitivity | None:
+    """Noise by site of the main graph; None if ORT does not load the switched model."""
+    # biases that make up for the inputs' error would be wrong where a switch is off
+    solution = shop.solve(plan, dataclasses.replace(ranging, shift=False))
+    code_type = ir.DataType(Scheme.parse(plan.activation).qtype.onnx_type)
+    model, sites = switched(
+        shop.prepared, plan, shop.found, shop.coding(plan), solution.weights, code_type
+    )
+    if not sites:
+        return None
+    try:
+        meter = Meter(
+            model, sites, solution.params, shop.tuning_reference(_SAMPLES),
+            samples=_SAMPLES, threads=shop.recipe.threads,
+        )  # fmt: skip
+        with shop.progress.stage("measuring sensitivity", _GROUPS) as step:
+            noise = measure(meter, groups=_GROUPS, tick=lambda: step(1, None))
+    except ModelError as error:
+        logger.warning("sensitivities were not measured: %s", error)
+        return None
+    return Sensitivity(noise, meter)
+
+
+def tune_ranges(shop: Workshop, best: Attempt, found: Sensitivity) -> dict[str, str]:
+    """Range methods for single tensors, by root name, where they beat the general one on the outputs."""
+    others = [m for m in shop.methods if m != best.ranging.method]
+    tables = {m: shop.parameters(best.plan, Ranging(m)) for m in others}
+
+    def alternatives(name: str) -> Iterator[tuple[str, QParams]]:
+        yield from ((m, table[name]) for m, table in tables.items())
+
+    with shop.progress.stage("tuning ranges", _TENSORS * len(others)) as step:
+        return improve_ranges(
+            found.meter, found.noise, alternatives, most=_TENSORS, tick=lambda: step(1, None)
+        )
+
+
+def cheaper_noise(shop: Workshop, request: Request, best: Attempt, noise: Noise, goal_db: float) -> Iterator[Plan]:
+    """Plans of falling noise, the first one predicted to reach the goal, each later one aiming lower.
+
+    The price of noise is raised until the sum of the chosen sites' noise is low enough; for each price
+    the plan is the optimum of speed plus price times noise.
+    """
+    roots = {
+        value.name or "": coded.root.name or "" for value, coded in shop.coding(best.plan).tensors.items()
+    }
+    predicted_all = sum(noise.sites.values()) + noise.weights
+    # what the prediction misses (weights of float nodes, interaction) is taken from the full attempt
+    factor = min(max(best.noise / predicted_all, 0.25), 4.0) if predicted_all > 0 else 1.0
+    tried: set[tuple[Form, ...]] = {tuple(e.form for e in best.plan.nodes)}
+    for margin in (1.0, 1.6, 3.0):
+        goal = 10 ** (-goal_db / 10) / margin / factor
+        plan = _least_price(shop, request, noise, roots, goal)
+        forms = tuple(e.form for e in plan.nodes)
+        if forms not in tried and plan.quantizes:
+            tried.add(forms)
+            yield plan
+
+
+def _least_price(shop: Workshop, request: Request, noise: Noise, roots: dict[str, str], goal: float) -> Plan:
+    low, high = 1e3, 1e12  # nanoseconds a unit of noise
+    best: Plan | None = None
+    for _ in range(_PRICES // 2):
+        price = math.sqrt(low * high)
+        plan = shop.plan(dataclasses.replace(request, noise=noise.sites, price=price, roots=roots))
+        if _noise_of(shop, plan, noise, roots) <= goal:
+            best, high = plan, price
+        else:
+            low = price
+        if high / low < 1.1:
+            break
+    if best is None:
+        best = shop.plan(dataclasses.replace(request, noise=noise.sites, price=high, roots=roots))
+    return best
+
+
+def _noise_of(shop: Workshop, plan: Plan, noise: Noise, roots: dict[str, str]) -> float:
+    """Predicted noise of a plan: its coded roots, its dynamic nodes, and the weights' share of it."""
+    touched = {roots.get(value.name or "", value.name or "") for value in shop.coding(plan).tensors}
+    touched |= {entry.node for entry in plan.of(Form.DYNAMIC)}
+    share = len([e for e in plan.nodes if e.weight]) / max(1, sum(1 for n in shop.found.values() if not isinstance(n, str) and n.role in ("conv", "dynamic")))
+    return sum(noise.sites.get(name, 0.0) for name in touched) + noise.weights * min(1.0, share)

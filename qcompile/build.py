@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from typing import Literal
 
 import onnx_ir as ir
-from onnx_ir.passes import common
 
+from passes.guard_float import GuardFloat
 from passes.insert_qdq import InsertQdq
 from passes.lower_dynamic import LowerDynamic
 from passes.lower_embedding import LowerEmbedding
 from passes.lower_integer import LowerInteger
+from passes.lower_recurrent import LowerRecurrent
+from qcompile.graph.edit import drop_unread
 from qcompile.plan.make import find_candidates
 from qcompile.plan.plan import Plan
 from qcompile.plan.tensors import coding
@@ -42,6 +44,7 @@ def build(
     found = find_candidates(model, target, facts)
     lower: Literal["fused", "portable"] = "fused" if form == "fused" else "portable"
     run_pass(LowerDynamic(plan, found, solution.weights, lower), model)
+    run_pass(LowerRecurrent(plan, found, lower, target.saturating), model)
     run_pass(LowerEmbedding(plan, found, solution.weights, lower), model)
     # Their results are new values, under the names of the old ones: candidates that read them are found anew.
     found = find_candidates(model, target, facts)
@@ -49,6 +52,7 @@ def build(
     run_pass(InsertQdq(plan, found, tensors, solution.params, solution.weights), model)
     if form == "fused":
         run_pass(LowerInteger(plan), model)
-    common.RemoveUnusedNodesPass()(model)
+    run_pass(GuardFloat(), model)
+    drop_unread(model)
     model.graph.sort()
     return model

@@ -34,8 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("onnx_ir").addHandler(logging.NullHandler())  # it warns of what ORT refuses
     try:
         return _run(words)
-    except PassError:
-        raise  # a defect of ours: its traceback is wanted
+    except (PassError, BrokenPipeError):
+        raise  # a defect of ours, whose traceback is wanted; a reader that has seen enough
     except (QcompileError, OSError) as error:
         if os.environ.get("QCOMPILE_DEBUG"):
             raise

@@ -16,7 +16,7 @@ from qcompile.compiler import open_model
 from qcompile.errors import ModelError, OutputError, RecipeError
 from qcompile.graph import io
 from qcompile.graph.edit import graphs
-from qcompile.inputs import input_specs, stand_in
+from qcompile.inputs import MADE_UP, input_specs, running, stand_in
 from qcompile.plan.make import make_plan
 from qcompile.plan.plan import Plan, load_plan
 from qcompile.progress import Progress
@@ -126,9 +126,11 @@ def verify_models(
     float_session, session = _pair(fp32, quantized, recipe)
     exact = Session(Path(quantized), Options("off", threads=recipe.threads))
     feeds, stood_in, feed = _feeds(model, float_session, data, recipe)
-    facts = probe(model, feed)
+    with running(MADE_UP if stood_in else "the first sample"):
+        facts = probe(model, feed)
     parts = {value.name or "": parts_of(value, facts) for value in model.graph.outputs}
-    reference = Reference(float_session, feeds, parts)
+    where = None if stood_in else "sample {}".format
+    reference = Reference(float_session, feeds, parts, where)
     with progress.stage("comparing"):
         deployed, plain = reference.compare(session), reference.compare(exact)
     outputs = [
@@ -198,6 +200,11 @@ def _pair(fp32: str, quantized: str, recipe: Recipe) -> tuple[Session, Session]:
     if missing:
         raise ModelError(
             f"{quantized} lacks the output {min(missing)!r} of {fp32}: these are not the same model."
+        )
+    more = {i.name for i in second.inputs} - {i.name for i in first.inputs}
+    if more:
+        raise ModelError(
+            f"{quantized} takes {min(more)!r}, which {fp32} does not: these are not the same model."
         )
     return first, second
 

@@ -14,7 +14,8 @@ from qcompile import finish, search
 from qcompile.calib.data import Data, open_data
 from qcompile.calib.split import Samples
 from qcompile.graph import io
-from qcompile.inputs import check_compilable, input_specs, stand_in
+from qcompile.graph.edit import nodes
+from qcompile.inputs import MADE_UP, check_compilable, input_specs, running, stand_in
 from qcompile.keep import fixed_forms, match_patterns, unmet
 from qcompile.plan.make import Request
 from qcompile.plan.plan import Form, Plan
@@ -53,10 +54,14 @@ class Opened:
         """
         keep = match_patterns(self.prepared, self.recipe.keep_float, self.original)
         self.notes.extend(keep.notes)
+        why = dict(keep.why)
+        if self.recipe.format == "qdq":
+            no_lstm = "ONNX has no integer LSTM: use --format fused or auto"
+            why |= {n.name or "": no_lstm for n in nodes(self.prepared) if n.op_type == "LSTM"}
         fixed = {} if forms is None else fixed_forms(forms, self.prepared)
         return Request(
             calibrated=self.samples is not None and self.recipe.static,
-            keep_float=keep.why, forms=fixed, dynamic=self.recipe.dynamic,
+            keep_float=why, forms=fixed, dynamic=self.recipe.dynamic,
         )  # fmt: skip
 
 
@@ -86,7 +91,10 @@ def open_model(
     with show.stage("preparing"):
         prepared, _ = prepare(original.clone())
         feed = stand_in(specs) if samples is None else samples.first()
-        facts = probe(prepared, feed)
+        with running(MADE_UP if samples is None else "the first sample of the calibration data"):
+            facts = probe(prepared, feed)
+    if not aim.fits_here():
+        notes.append(f"{aim.name} is not this machine: the times are those of this one.")
     path = Path(model) if isinstance(model, str | Path) else None
     return Opened(path, original, session, prepared, aim, chosen, samples, feed, facts, notes)
 
@@ -145,6 +153,8 @@ def compile_model(
         if bad:
             request = dataclasses.replace(request, keep_float={**bad, **request.keep_float})
             draft = shop.plan(request)
+    calibrated = frozenset(entry.node for entry in draft.of(Form.STATIC, Form.FREE))
+    request = dataclasses.replace(request, only=calibrated)
     best, history = search.find_best(shop, request, draft, opened)
     return finish.finish(opened, shop, best, history, place, report, start, show)
 
@@ -158,8 +168,14 @@ def _reference(opened: Opened) -> Reference:
         value.name or "": parts_of(value, opened.facts) for value in opened.prepared.graph.outputs
     }
     samples = opened.samples
-    feeds = (lambda: iter([opened.feed])) if samples is None else samples.held_out
-    return Reference(opened.session, feeds, parts)
+    if samples is None:
+        return Reference(opened.session, lambda: iter([opened.feed]), parts)
+    numbers = samples.held_out_numbers
+
+    def where(number: int) -> str:
+        return f"sample {numbers[number]} of the calibration data"
+
+    return Reference(opened.session, samples.held_out, parts, where)
 
 
 def _normalizes(model: ir.Model) -> bool:

@@ -34,7 +34,7 @@ def measured_request(shop: Workshop, request: Request, attempt: Attempt, feed: F
 
 def _float_time(item: Candidate, floats: Profile) -> float | None:
     """The node's time as float, with what it absorbs; ORT fuses activations under the Conv's name or output."""
-    names = [item.node.name or "", item.node.outputs[0].name or ""]
+    names = [item.node.name or "", item.node.outputs[0].name or "", item.result.name or ""]
     found = [floats.nodes[name] for name in dict.fromkeys(names) if name in floats.nodes]
     extra = [floats.nodes.get(n.name or "", 0.0) for n in item.absorbed]
     return sum(found) + sum(extra) if found else None

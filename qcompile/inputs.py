@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import numpy as np
 import onnx_ir as ir
 
 from qcompile.calib.data import Feed, InputSpec
-from qcompile.errors import ModelError
+from qcompile.errors import DataError, ModelError
 from qcompile.graph.edit import graphs
 from qcompile.run.session import Session
 
@@ -19,19 +22,41 @@ _WEIGHING = (
     "BatchNormalization", "LayerNormalization",
 )  # fmt: skip
 _MOVING = ("Identity", "Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
+MADE_UP = "a made-up input (give real ones with --data)"
 _LENGTH = 64  # for dynamic dimensions other than the first, when there is no data
 
 
 def input_specs(session: Session, model: ir.Model) -> list[InputSpec]:
-    """The inputs as ORT declares them; those with a default value need not be fed."""
+    """The inputs as ORT declares them; those with a default value need not be fed.
+
+    Raises:
+        ModelError: an input is no tensor, or of a type that NumPy cannot hold.
+    """
     defaults = set(model.graph.initializers)
-    return [
-        InputSpec(
-            info.name, np.dtype(np.object_) if info.dtype is None else info.dtype, info.shape or None,
-            info.name not in defaults,
+    specs = []
+    for info in session.inputs:
+        if info.dtype is None:
+            raise ModelError(
+                f"input {info.name!r} is no tensor of numbers or strings, so it cannot be fed: give a "
+                "model whose inputs are."
+            )
+        specs.append(
+            InputSpec(info.name, info.dtype, info.shape or None, info.name not in defaults)
         )
-        for info in session.inputs
-    ]  # fmt: skip
+    return specs
+
+
+@contextlib.contextmanager
+def running(feed: str) -> Iterator[None]:
+    """What fails to run in the body is told of `feed`, the words for the sample that was fed.
+
+    Raises:
+        DataError: the body raised a ModelError.
+    """
+    try:
+        yield
+    except ModelError as error:
+        raise DataError(f"{feed} does not run: {error}") from error
 
 
 def check_compilable(model: ir.Model) -> None:

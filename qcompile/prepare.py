@@ -14,15 +14,18 @@ from passes.fold_batchnorm import FoldBatchnorm
 from passes.fold_constants import FoldConstants
 from passes.fold_gate import FoldGate
 from passes.fuse_hard_swish import FuseHardSwish
+from passes.inline_if import InlineIf
 from passes.name_nodes import NameNodes
+from passes.pool_to_conv import PoolToConv
 from qcompile.errors import ModelError
 from qcompile.graph import io
+from qcompile.graph.edit import drop_unread
 from qcompile.step import Outcome, Pass, run_pass
 
 logger = logging.getLogger(__name__)
 
 PASSES: Sequence[Pass] = (
-    NameNodes(), FoldConstants(), DropIdentity(), FoldBatchnorm(), FoldAffine(), FuseHardSwish(), FoldGate(),
+    NameNodes(), InlineIf(), FoldConstants(), DropIdentity(), FoldBatchnorm(), FoldAffine(), FuseHardSwish(), FoldGate(), PoolToConv(),
 )  # fmt: skip
 
 
@@ -44,7 +47,7 @@ def prepare(model: ir.Model) -> tuple[ir.Model, dict[str, Outcome]]:
         except ModelError as error:
             logger.warning("%s The integer kernels that need it are not used.", error)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    common.RemoveUnusedNodesPass()(model)
+    drop_unread(model)
     outcomes = {step.name: run_pass(step, model) for step in PASSES}
-    common.RemoveUnusedNodesPass()(model)
+    drop_unread(model)
     return model, outcomes

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 _QUICK = 8  # held-out samples that choose between range methods
 _FINE_DB = 45.0  # no tuning above this
+_SMALL = 200  # static nodes: larger graphs are tuned only if they miss the goal
 _WORTH_IT = 1.15  # speed-up that leaving nodes float for accuracy must not go below
+_WORTH_DB = 1.5  # short of the goal, nodes are left float only for this much
 _ROUNDS = 3  # of planning again with measured costs
 
 
@@ -41,13 +43,14 @@ def find_best(shop: Workshop, request: Request, draft: Plan, opened: Opened) -> 
     form: Format = "qdq" if shop.recipe.format == "qdq" else "fused"
     best = _choose_ranges(shop, draft, form, history)
     found = None
-    if opened.samples is not None and best.db < _FINE_DB:
+    goal = shop.recipe.min_sqnr or shop.recipe.sqnr_goal
+    small = len(best.plan.of(Form.STATIC)) <= _SMALL
+    if opened.samples is not None and best.db < (_FINE_DB if small else goal):
         found = tune.sensitivity(shop, best.plan, best.ranging)
     if found is not None and best.plan.of(Form.STATIC) and len(shop.methods) > 1:
         best = _tune(shop, best, found, history)
     best.speedup = _speed(best, opened)
     best = _faster(shop, request, best, opened, history)
-    goal = shop.recipe.min_sqnr or shop.recipe.sqnr_goal
     if found is not None and goal and best.db < goal:
         best = _more_accurate(shop, request, best, found, goal, opened, history)
     return _choose_format(shop, best, opened, history), history
@@ -133,7 +136,8 @@ def _more_accurate(
             shop.judge(attempt, _QUICK)
             attempt.speedup = _speed(attempt, opened)
             step(1, None)
-            if attempt.db <= best.db or (attempt.speedup < _WORTH_IT and not demanded):
+            gained = attempt.db >= goal or attempt.db >= best.db + _WORTH_DB
+            if not gained or (attempt.speedup < _WORTH_IT and not demanded):
                 continue
             best = attempt
             if best.db >= goal:
@@ -150,7 +154,7 @@ def _more_accurate(
 def _choose_format(shop: Workshop, best: Attempt, opened: Opened, history: History) -> Attempt:
     """The faster of the formats that the recipe allows, timed against the float model."""
     racers: dict[str, Attempt] = {best.form: best}
-    if shop.recipe.format == "auto" and best.plan.quantizes:
+    if shop.recipe.format == "auto" and best.plan.quantizes and not shop.only_fused(best.plan):
         try:
             racers["qdq"] = shop.attempt(best.plan, best.ranging, "qdq")
         except ModelError as error:

@@ -89,7 +89,7 @@ def show_outputs(facts: Mapping[str, Any]) -> None:
     """The table of `qcompile verify`."""
     console = Console(highlight=False, soft_wrap=True)
     _show_slices(console, facts["outputs"])
-    console.print(f"{facts['samples']} samples")
+    console.print(f"{facts['samples']} sample{'s' * (facts['samples'] != 1)}")
     for sentence in facts["warnings"]:
         console.print(f"[yellow]warning:[/] {escape(sentence)}")
 

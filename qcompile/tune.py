@@ -9,7 +9,9 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
+from qcompile.calib.observe import with_outputs
 from qcompile.errors import ModelError
+from qcompile.graph.edit import is_op
 from qcompile.plan.make import Request
 from qcompile.plan.plan import Form, Plan
 from qcompile.quant.scheme import QParams, Scheme
@@ -19,7 +21,9 @@ from qcompile.workshop import Attempt, Ranging, Workshop
 logger = logging.getLogger(__name__)
 
 _SAMPLES = 3  # calibration samples that sensitivities are measured on
+_LARGE = 160  # sites: above, one sample and groups only, so that the time stays linear in the graph
 _GROUPS = 24
+_SINGLE = 40  # sites that are measured one by one
 _TENSORS = 12  # tensors whose range is searched one by one
 _PRICES = 40  # steps of the search for a price
 
@@ -42,17 +46,34 @@ def sensitivity(shop: Workshop, plan: Plan, ranging: Ranging) -> Sensitivity | N
     )
     if not sites:
         return None
+    outputs = _scores(shop.prepared)
+    samples, single = (_SAMPLES, _SINGLE) if len(sites) <= _LARGE else (1, 0)
     try:
         meter = Meter(
-            model, sites, solution.params, shop.tuning_reference(_SAMPLES),
-            samples=_SAMPLES, threads=shop.recipe.threads,
+            with_outputs(model, outputs), sites, solution.params,
+            shop.tuning_reference(outputs, samples), samples=samples, threads=shop.recipe.threads,
         )  # fmt: skip
         with shop.progress.stage("measuring sensitivity", _GROUPS) as step:
-            noise = measure(meter, groups=_GROUPS, tick=lambda: step(1, None))
+            noise = measure(meter, groups=_GROUPS, most=single, tick=lambda: step(1, None))
     except ModelError as error:
         logger.warning("sensitivities were not measured: %s", error)
         return None
     return Sensitivity(noise, meter)
+
+
+def _scores(model: ir.Model) -> list[str]:
+    """The outputs, but what goes into a final Softmax or Sigmoid in place of what comes out.
+
+    Probabilities hide small errors and blow up large ones: a few decisions that flip would outweigh all
+    else that a handful of samples tells.
+    """
+    names = []
+    for value in model.graph.outputs:
+        node = value.producer()
+        source = node.inputs[0] if is_op(node, "Softmax", "Sigmoid", "LogSoftmax") and node else None
+        made = source is not None and source.producer() is not None and source.graph is model.graph
+        names.append((source.name if made and source is not None else value.name) or "")
+    return list(dict.fromkeys(names))
 
 
 def tune_ranges(shop: Workshop, best: Attempt, found: Sensitivity) -> dict[str, str]:

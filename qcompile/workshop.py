@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from qcompile.build import Format, Solution, build
 from qcompile.calib.moments import rounding_shift
-from qcompile.calib.observe import Want, observe
+from qcompile.calib.observe import Want, observe, with_outputs
 from qcompile.calib.ranges import HISTOGRAM_METHODS, METHODS
 from qcompile.calib.split import Samples
 from qcompile.calib.stats import TensorStats
@@ -28,6 +28,7 @@ from qcompile.solve.activations import solve_activations
 from qcompile.solve.weights import InputMoments, solve_weights
 from qcompile.targets.schema import Target
 from qcompile.verify.compare import Comparison, Reference
+from qcompile.verify.slices import parts_of
 
 _SHIFT_SAMPLES = 16
 
@@ -88,6 +89,11 @@ class Workshop:
     def plan(self, request: Request) -> Plan:
         """The cheapest plan within a request."""
         return make_plan(self.prepared, self.target, self.facts, request, self.found)
+
+    def only_fused(self, plan: Plan) -> bool:
+        """Whether the plan has nodes that no operator of ONNX can be: an integer LSTM."""
+        items = (self.found[entry.node] for entry in plan.of(Form.DYNAMIC))
+        return any(isinstance(item, Candidate) and item.role == "recurrent" for item in items)
 
     def coding(self, plan: Plan) -> Coding:
         """The coded tensors of a plan."""
@@ -166,11 +172,16 @@ class Workshop:
         single = {n: METHODS[m](self.stats[n]) for n, m in ranging.single.items() if n in self.stats}
         return solve_activations(plan, self.coding(plan), self.stats, ranging.method, single)
 
-    def tuning_reference(self, samples: int) -> Reference:
-        """The float model on a few calibration samples: tuning must not see those held out."""
+    def tuning_reference(self, outputs: Sequence[str], samples: int) -> Reference:
+        """These values of the float graph on a few calibration samples: tuning must not see those held out."""
         assert self.samples is not None
         kept = self.samples.few(samples)
-        return self.reference.on(lambda: iter(kept))
+        options = Options("all", threads=self.recipe.threads)
+        session = Session(with_outputs(self.prepared, outputs), options)
+        parts = {
+            value.name or "": parts_of(value, self.facts) for value in self.prepared.graph.outputs
+        }
+        return Reference(session, lambda: iter(kept), parts)
 
     def _shift(self, params: Mapping[str, QParams]) -> dict[str, npt.NDArray[np.float64]]:
         """Mean rounding error of the tensors' channels; remembered, as attempts share most parameters."""

@@ -116,7 +116,7 @@ class _Interpreter:
         self.floats: dict[ir.Value, Array] = {}
         self.codes: dict[ir.Value, Array] = {}
         for value in self.graph.inputs:
-            if value.name in feed:
+            if value.name is not None and value.name in feed:
                 self.floats[value] = feed[value.name]
         for value in self.graph.initializers.values():
             assert value.const_value is not None
@@ -133,7 +133,9 @@ class _Interpreter:
     def told(self, value: ir.Value) -> Array:
         """What a float reader sees: what the codes say, if a coded node made them."""
         made_coded = value in self.codes and self.by_codes(value)
-        return dequantize(self.codes[value], self.params(value)) if made_coded else self.floats[value]
+        return (
+            dequantize(self.codes[value], self.params(value)) if made_coded else self.floats[value]
+        )
 
     def by_codes(self, value: ir.Value) -> bool:
         node = value.producer()
@@ -190,7 +192,9 @@ class _Interpreter:
             x = node.inputs[0]
             assert x is not None
             scale = self.params(x).scale * weight.params.scale
-            values.append((np.rint(weight.bias.astype(np.float64) / scale) * scale).astype(np.float32))
+            values.append(
+                (np.rint(weight.bias.astype(np.float64) / scale) * scale).astype(np.float32)
+            )
         return values
 
     def product(self, node: ir.Node, x: Array | None) -> Array:

@@ -35,6 +35,11 @@ TOOLS = ("qcompile", "ort", "ort-best", "nncf")
 _MATMUL_HEAVY = ("stsb", "books", "vad")
 _TRANSFORMERS = ("stsb", "books")
 _LONG = 1800.0  # seconds, for calibration data, scoring and timing
+_PATHS = (
+    "model",
+    "output",
+    "next_command",
+)  # keys of qcompile's report that name files of this machine
 _WRITTEN = (0, 3, 4)  # qcompile's exit codes for a written result: good, not accurate, not faster
 
 
@@ -164,7 +169,7 @@ class Bench:
             return row | {"why": "writes no model"}
         answer = done.json()
         if tool == "qcompile":
-            shown = {key: value for key, value in answer.items() if key not in ("model", "output")}
+            shown = {key: value for key, value in answer.items() if key not in _PATHS}
             return row | {"exit": done.code, "report": shown}
         return row | {"note": answer.get("note", "")}
 
@@ -195,8 +200,10 @@ class Bench:
             str(HERE / "bench_eval.py"), str(self.kit), "time", task, "--threads", str(self.args.threads),
             "--seconds", str(self.args.seconds), *(f"{name}={path}" for name, path in pairs.items()),
         ]  # fmt: skip
-        answer: dict[str, Any] = json.loads(self._ask(command))
-        return answer
+        done = measured([sys.executable, *command], limit=_LONG)
+        if done.code != 0:  # a model that ends the process, alone or beside the others
+            say(f"{task}: timing {done.why()}")
+        return done.json() if done.code == 0 else {}
 
     def _ask(self, command: list[str]) -> str:
         """What a part of the bench prints. If it fails, so does the bench: the fault is no tool's."""

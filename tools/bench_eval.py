@@ -35,17 +35,25 @@ def interleave(
     """For each feed and model: median milliseconds, and median and quartiles of the first one's time over its."""
     task = kit.TASKS[task_name]
     sessions = {name: kit.open_session(path, threads) for name, path in models.items()}
-    feeds = {name: task.latency_feeds(session) for name, session in sessions.items()}
+    feeds: dict[str, dict[str, Any]] = {}
+    for name in list(sessions):
+        try:
+            feeds[name] = task.latency_feeds(sessions[name])
+            for values in feeds[name].values():
+                kit.run(sessions[name], values)
+        except Exception as error:  # noqa: BLE001 - one model must not stop the others
+            print(f"{name}: {error}", file=sys.stderr)
+            del sessions[name]
     first = next(iter(models))
     rng = np.random.default_rng(0)
     report: dict[str, Any] = {}
     for feed in feeds[first]:
-        times: dict[str, list[float]] = {name: [] for name in models}
+        times: dict[str, list[float]] = {name: [] for name in sessions}
         deadline = time.perf_counter() + seconds
         while len(times[first]) < _ROUNDS[0] or (
             time.perf_counter() < deadline and len(times[first]) < _ROUNDS[1]
         ):
-            for name in rng.permutation(list(models)):
+            for name in rng.permutation(list(sessions)):
                 start = time.perf_counter()
                 kit.run(sessions[name], feeds[name][feed])
                 times[name].append(time.perf_counter() - start)

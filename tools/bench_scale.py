@@ -1,6 +1,6 @@
 """Times qcompile on long chains of small nodes, where the graph is the work and the arithmetic is not.
 
-    python tools/bench_scale.py [--nodes 2000,20000] [--samples 8] [--json FILE]
+    PYTHONPATH=. python tools/bench_scale.py [--nodes 2000,20000] [--samples 8] [--json FILE]
 
 Prints the seconds of each stage and the time a node. What grows linearly takes as long a node in the longer
 chain as in the shorter one. ONNX Runtime's own time to load the chain stands below, since several stages

@@ -1,6 +1,6 @@
 """Runs every row of a target file in the installed ONNX Runtime.
 
-    python tools/probe_target.py [TARGET] [--op Conv] [--seconds 0.5] [--no-time]
+    PYTHONPATH=. python tools/probe_target.py [TARGET] [--op Conv] [--seconds 0.5] [--no-time]
 
 For each row: a graph of one node is compiled as a plan would, ORT loads it with all optimizations, one of
 the row's kernels must be in the optimized graph and read 8-bit codes, and the result must be that of the Q/DQ

@@ -130,7 +130,7 @@ def open_images(spec: InputSpec, options: ImageOptions, *, normalizes: bool) -> 
     dims: tuple[Dim, ...] = (None,) * 4 if spec.shape is None else spec.shape
     if len(dims) not in {3, 4} or (len(dims) == 4 and isinstance(dims[0], int) and dims[0] != 1):
         raise DataError(
-            f"Input {spec.name!r} is {spec}, and an image fills [1, C, H, W], [1, H, W, C] or one"
+            f"input {spec.name!r} is {spec}, and an image fills [1, C, H, W], [1, H, W, C] or one"
             " of them without the batch: give .npz or .npy files instead."
         )
     layout, channels = _layout(spec, dims[-3:], options, notes)
@@ -153,7 +153,7 @@ def _layout(
     layout = options.layout or (fits[0] if fits else None)
     if layout is None or layout not in fits:
         raise DataError(
-            f"Input {spec.name!r} is {spec}, without 1 or 3 channels where"
+            f"input {spec.name!r} is {spec}, without 1 or 3 channels where"
             f" {layout or 'nchw or nhwc'} has them: give .npz or .npy files instead."
         )
     if options.layout is None and at[layout] is None:
@@ -226,7 +226,7 @@ def _values(
     if not spec.dtype.name.startswith(("float", "bfloat")):
         if given:
             raise RecipeError(
-                f"Input {spec.name!r} is {spec.dtype} and takes raw pixels: drop --{given[0]}."
+                f"input {spec.name!r} is {spec.dtype} and takes raw pixels: drop --{given[0]}."
             )
         return None
     for name, numbers in (("mean", options.mean), ("std", options.std)):

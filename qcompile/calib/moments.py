@@ -20,7 +20,7 @@ from qcompile.run.session import Feed, Options, Session
 
 def rounding_shift(
     model: ir.Model, params: Mapping[str, QParams], samples: Iterable[Feed], facts: Mapping[str, Fact],
-    *, memory: int = 192 << 20, threads: int = 0,
+    *, memory: int = 128 << 20, threads: int = 0,
 ) -> dict[str, npt.NDArray[np.float64]]:  # fmt: skip
     """The typical E[x~ - x] per channel of each named tensor, float64 (channels,).
 

@@ -43,7 +43,7 @@ def observe(
     samples: Callable[[], Iterable[tuple[int, Feed]]],
     facts: Mapping[str, Fact],
     *,
-    memory: int = 192 << 20,
+    memory: int = 128 << 20,
     threads: int = 0,
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> Stats:

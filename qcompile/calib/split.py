@@ -51,6 +51,11 @@ class Samples:
         return len(self._held)
 
     @property
+    def held_out_numbers(self) -> list[int]:
+        """Their places in the source."""
+        return sorted(self._held)
+
+    @property
     def calibration_count(self) -> int:
         """How many samples calibrate."""
         return max(1, self.count - len(self._held))

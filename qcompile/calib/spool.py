@@ -143,7 +143,7 @@ class _Spool:
             np.savez(self._folder / f"{len(self._kept)}.npz", *arrays)
         except OSError as error:
             raise DataError(
-                f"Samples cannot be kept in {self._folder} ({error}): free space there,"
+                f"samples cannot be kept in {self._folder} ({error}): free space there,"
                 " or set TMPDIR to another folder."
             ) from error
         return list(feed)

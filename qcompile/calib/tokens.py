@@ -102,7 +102,7 @@ def open_texts(
     for spec in used:
         if spec.name not in past and spec.name not in FILLED:
             raise DataError(
-                f"Text cannot fill input {spec.name!r} ({spec}), only {', '.join(FILLED)} and a"
+                f"text cannot fill input {spec.name!r} ({spec}), only {', '.join(FILLED)} and a"
                 " cache with one open dimension: give .npz files instead."
             )
     length = _length(used)

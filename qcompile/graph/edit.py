@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -33,6 +34,7 @@ class Names:
 
     def __init__(self, model: ir.Model) -> None:
         self._used: set[str] = set()
+        self._next: dict[str, int] = {}  # number to try first for a wish
         for graph in model.graphs():
             self._used.update(name for name in graph.initializers if name)
             self._used.update(value.name for value in graph.inputs if value.name)
@@ -43,9 +45,10 @@ class Names:
 
     def fresh(self, wish: str) -> str:
         """`wish`, or `wish` with the first free number appended."""
-        name, number = wish, 1
+        name, number = wish, self._next.get(wish, 1)
         while name in self._used:
             name, number = f"{wish}_{number}", number + 1
+        self._next[wish] = number
         self._used.add(name)
         return name
 
@@ -65,6 +68,14 @@ def scalar(value: ir.Value | None) -> float | None:
         return None
     values = array(value)
     return None if values is None or values.dtype.kind not in "fiu" else float(values.reshape(()))
+
+
+def ints(value: ir.Value | None) -> tuple[int, ...] | None:
+    """The numbers that a constant integer tensor holds, or None."""
+    values = array(value)
+    if values is None or values.dtype.kind not in "iu":
+        return None
+    return tuple(int(v) for v in values.reshape(-1))
 
 
 def sole_user(value: ir.Value) -> ir.Node | None:
@@ -223,3 +234,12 @@ def nodes(model: ir.Model) -> Iterator[ir.Node]:
     """Every node of every graph, in graph order. The graph may be edited meanwhile."""
     for graph in list(graphs(model)):
         yield from list(graph)
+
+
+def drop_unread(model: ir.Model) -> None:
+    """Nodes whose results nobody reads are gone, and unread initializers of every graph with them."""
+    common.RemoveUnusedNodesPass()(model)
+    for graph in graphs(model):  # the pass leaves the initializers of bodies
+        for value in list(graph.initializers.values()):
+            if not (value.uses() or value.is_graph_input() or value.is_graph_output()):
+                del graph.initializers[value.name or ""]

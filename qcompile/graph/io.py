@@ -45,13 +45,13 @@ def load(source: str | Path | ir.Model | onnx.ModelProto) -> ir.Model:
         except _UNREADABLE as error:
             raise ModelError(f"the model given is not valid: {error}.") from error
     path = Path(source)
-    if not path.exists():
-        raise ModelError(f"{path} does not exist: give the path of an ONNX model.")
-    if path.is_dir():
-        raise ModelError(f"{path} is a folder: give the path of the .onnx file inside it.")
-    if not os.access(path, os.R_OK):
-        raise ModelError(f"{path} cannot be read: check its permissions.")
     try:
+        if not path.exists():
+            raise ModelError(f"{path} does not exist: give the path of an ONNX model.")
+        if path.is_dir():
+            raise ModelError(f"{path} is a folder: give the path of the .onnx file inside it.")
+        if not os.access(path, os.R_OK):
+            raise ModelError(f"{path} cannot be read: check its permissions.")
         model = ir.load(path)
     except DecodeError as error:
         raise ModelError(
@@ -157,8 +157,7 @@ def save(model: ir.Model, path: Path) -> None:
             return
         data = temporary.with_name(f"{path.name}.data")
         ir.save(model, temporary, external_data=data.name)
-        if data.exists():  # not if every tensor is tiny
-            data.replace(path.with_name(data.name))
+        data.replace(path.with_name(data.name))
 
 
 @contextlib.contextmanager
@@ -168,9 +167,9 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: the folder is missing or cannot be written, or the disk is full.
     """
-    check_writable(path)
     folder = None
     try:
+        check_writable(path)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", dir=path.parent))
         yield folder / path.name
         (folder / path.name).replace(path)
@@ -221,4 +220,10 @@ def convert_opset(model: ir.Model, opset: int) -> ir.Model:
     except (RuntimeError, ValueError, onnx.version_converter.ConvertError) as error:
         reason = str(error).strip().splitlines()[-1]
         raise ModelError(f"the model cannot be raised to opset {opset}: {reason}.") from error
-    return ir.from_proto(proto)
+    converted = ir.from_proto(proto)
+    named = {value.name: node.name for node in model.graph for value in node.outputs}
+    for node in converted.graph:  # those that were rewritten have lost their names
+        node.name = node.name or next(
+            (named[v.name] for v in node.outputs if v.name in named), None
+        )
+    return converted

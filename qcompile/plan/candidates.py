@@ -104,7 +104,7 @@ def _conv(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
     variant = ""
     if group > 1:
         depthwise = group == weight.shape[0] and weight.shape[1] == 1
-        variant = "depthwise" if depthwise else "grouped"
+        variant = "depthwise" if depthwise else "grouped" if weight.shape[1] >= 16 else "narrow_groups"
     elif weight.shape[1] <= 4:
         variant = "few_inputs"
     row = target.row("Conv", variant)
@@ -166,11 +166,14 @@ def _linear(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
     depth = weight.shape[1] if attribute(node, "transB", 0) else weight.shape[0]
     if fact is not None and fact.shape is not None and fact.elements * depth < row.min_macs:
         return f"too small to gain ({fact.elements * depth} multiply-accumulates)"
-    return Candidate(node, "dynamic", row, (a,), _bias_add(node, weight, facts))
+    bias_add = _bias_add(node, weight, facts)
+    return bias_add if isinstance(bias_add, str) else Candidate(node, "dynamic", row, (a,), bias_add)
 
 
-def _bias_add(node: ir.Node, weight: npt.NDArray[Any], facts: Facts) -> tuple[ir.Node, ...]:
-    """The Add of a constant per output channel that alone reads a MatMul."""
+def _bias_add(
+    node: ir.Node, weight: npt.NDArray[Any], facts: Facts
+) -> tuple[ir.Node, ...] | str:
+    """The Add of a constant per output channel that alone reads a MatMul; a reason if it is in the way."""
     user = sole_user(node.outputs[0]) if is_op(node, "MatMul") else None
     if user is None or not is_op(user, "Add") or user.graph is not node.graph:
         return ()
@@ -181,9 +184,11 @@ def _bias_add(node: ir.Node, weight: npt.NDArray[Any], facts: Facts) -> tuple[ir
     )
     if not per_channel or bias is None or bias.dtype != np.float32:
         return ()
-    fact = facts.get(node.outputs[0].name or "")  # a bias of more dimensions than the product adds some
-    known = fact is not None and fact.shape is not None and bias.ndim <= len(fact.shape)
-    return (user,) if bias.ndim == 1 or known else ()
+    fact = facts.get(node.outputs[0].name or "")
+    shape = None if fact is None else fact.shape
+    if bias.ndim > (1 if shape is None else max(1, len(shape))):
+        return "the bias behind it may add dimensions, which ORT's fusion loses"
+    return (user,)
 
 
 def _recurrent(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
@@ -252,8 +257,11 @@ def _unary(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
         return _dtype_reason(x, facts)
     if is_op(node, "Relu", "Clip") and clip_bounds(node) is None:
         return "its bounds are not constant, or do not include zero"
-    if is_op(node, "HardSigmoid") and not 0 < attribute(node, "beta", 0.5) < 1:
-        return "beta is not between 0 and 1"
+    if is_op(node, "HardSigmoid"):
+        if not 0 < attribute(node, "beta", 0.5) < 1:
+            return "beta is not between 0 and 1"
+        if attribute(node, "alpha", 0.2) <= 0:
+            return "alpha is not positive"
     row = target.row(node.op_type)
     if row is None:
         return "no integer kernel"
@@ -324,6 +332,8 @@ def _gather(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
         return "not a lookup of rows"
     if weight.nbytes < row.min_bytes:
         return f"too small to gain ({weight.nbytes} bytes)"
+    if not np.isfinite(weight).all():
+        return "its table holds NaN or infinities"
     return Candidate(node, "embedding", row, ())
 
 

@@ -23,7 +23,12 @@ from qcompile.errors import ModelError
 from qcompile.graph.edit import Names, attribute
 from qcompile.run.session import Feed, Options, Session
 
-_NOT_TENSORS = ("Sequence", "Optional", "SplitToSequence", "ConcatFromSequence", "StringSplit")
+_NOT_TENSORS = frozenset(
+    {
+        "Optional", "OptionalGetElement", "SequenceConstruct", "SequenceEmpty", "SequenceErase",
+        "SequenceInsert", "SequenceMap", "SplitToSequence", "StringSplit",
+    }
+)  # fmt: skip
 _BODY_DATA = 1024  # bytes of a body's initializer that inference may want to read: a shape, an axis
 _BOOL = frozenset(
     {
@@ -221,7 +226,7 @@ def _main(model: ir.Model, feed: Feed | None) -> dict[str, Fact]:
     values = [
         value
         for node in model.graph
-        if not node.op_type.startswith(_NOT_TENSORS)
+        if node.op_type not in _NOT_TENSORS
         for value in node.outputs
         if value.name and not isinstance(value.type, ir.SequenceType | ir.OptionalType)
     ]

@@ -38,8 +38,10 @@ def solve_activations(
     for root, members in coding.members().items():
         name = root.name or ""
         known = _known_scale(root)
-        if known is not None:
+        if known is not None and all(member.offset == 0.0 for member in members):
             scale, zero = known, float(scheme.qmin)
+        elif known is not None:  # a sum behind it wants codes outside of 0..1
+            scale, zero = _grid(0.0, 1.0, members, scheme)
         else:
             low, high = (overrides or {}).get(name) or METHODS[method](stats[name])
             scale, zero = _grid(*_useful(root, coding, low, high), members, scheme)

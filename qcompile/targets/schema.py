@@ -124,6 +124,12 @@ class Target:
         rows = {row.variant: row for row in self.op if row.type == op_type}
         return rows.get(variant) or rows.get("")
 
+    def fits_here(self) -> bool:
+        """Whether this machine is of the target's kind; it may have more instructions."""
+        flags = cpu_flags()
+        wanted = [any(f in flags for f in flag.split("|")) for flag in self.machine.flags]
+        return platform.machine() in self.machine.arch and all(wanted)
+
 
 def target_names() -> list[str]:
     """The names of the targets that ship with qcompile."""
@@ -178,14 +184,12 @@ def detect() -> Target:
     Raises:
         RecipeError: none fits; the message says what the machine is.
     """
-    machine, flags = platform.machine(), cpu_flags()
     for name in ("ort-cpu-x64-vnni", "ort-cpu-x64-avx2", "ort-cpu-arm64"):
         target = load_target(name)
-        wanted = [any(f in flags for f in flag.split("|")) for flag in target.machine.flags]
-        if machine in target.machine.arch and all(wanted):
+        if target.fits_here():
             return target
     raise RecipeError(
-        f"no target fits this machine ({machine}): choose one with --target from {', '.join(target_names())}."
+        f"no target fits this machine ({platform.machine()}): choose one with --target from {', '.join(target_names())}."
     )
 
 

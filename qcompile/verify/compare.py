@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from qcompile.errors import DataError
 from qcompile.run.session import Feed, Session
 from qcompile.verify.metrics import Error, Part
 
@@ -71,28 +72,41 @@ class Reference:
         session: Session,
         samples: Callable[[], Iterable[Feed]],
         parts: Mapping[str, Sequence[Part]],
+        where: Callable[[int], str] | None = None,
     ) -> None:
+        """`where` words the place of a sample; without it NaN in the outputs is not looked for."""
         self._session, self._samples, self._parts = session, samples, parts
+        self._where = where
         self._names = [info.name for info in session.outputs]
         self._kept: list[list[Array]] = []
         self._room = _CACHE_BYTES
-
-    def on(self, samples: Callable[[], Iterable[Feed]]) -> Reference:
-        """The same model and slices on other samples."""
-        return Reference(self._session, samples, self._parts)
 
     def _outputs(self, number: int, feed: Feed) -> list[Array]:
         if number < len(self._kept):
             return self._kept[number]
         values = self._session.run(feed)
+        if self._where is not None:
+            self._check(values, self._where(number))
         size = sum(np.asarray(value).nbytes for value in values)
         if number == len(self._kept) and size <= self._room:
             self._room -= size
             self._kept.append(values)
         return values
 
+    def _check(self, values: Sequence[Array], where: str) -> None:
+        for name, value in zip(self._names, values, strict=True):
+            if isinstance(value, np.ndarray) and value.dtype.kind == "f" and np.isnan(value).any():
+                raise DataError(
+                    f"output {name!r} is NaN for {where}: the float model itself fails there. "
+                    "Remove that sample or mend the model."
+                )
+
     def compare(self, result: Runner, limit: int | None = None) -> Comparison:
-        """The errors of `result` over the first `limit` samples."""
+        """The errors of `result` over the first `limit` samples.
+
+        Raises:
+            DataError: an output of the float model is NaN.
+        """
         errors = {
             name: [Error(part) for part in self._parts.get(name, [Part("all")])]
             for name in self._names

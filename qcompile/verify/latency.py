@@ -54,7 +54,7 @@ def typical_feeds(feeds: Sequence[Feed]) -> list[tuple[str, Feed]]:
     """
 
     def size(feed: Feed) -> int:
-        return max(int(np.size(value)) for value in feed.values())
+        return max((int(np.size(value)) for value in feed.values()), default=0)
 
     def work(feed: Feed) -> int:
         # caches grow while the work shrinks: count only inputs that are not caches
@@ -71,5 +71,5 @@ def typical_feeds(feeds: Sequence[Feed]) -> list[tuple[str, Feed]]:
 
 def describe(feed: Feed) -> str:
     """The shapes of a feed's first input, `1x3x224x224`."""
-    first = next(iter(feed.values()))
-    return "x".join(map(str, np.shape(first))) or "scalar"
+    first = next(iter(feed.values()), None)
+    return "no input" if first is None else "x".join(map(str, np.shape(first))) or "scalar"

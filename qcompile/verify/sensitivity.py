@@ -182,10 +182,13 @@ class Noise:
     total: float
 
 
-def measure(meter: Meter, *, groups: int, share: float = 0.9, tick: Callable[[], None] = lambda: None) -> Noise:
+def measure(
+    meter: Meter, *, groups: int, share: float = 0.9, most: int = 40,
+    tick: Callable[[], None] = lambda: None,
+) -> Noise:  # fmt: skip
     """The noise of every site: groups of neighbours first, then each site of the noisiest groups.
 
-    Groups are refined until those refined hold `share` of the noise; a group that is not refined shares
+    Groups are refined until those refined hold `share` of the noise, or `most` sites; a group that is not refined shares
     its noise evenly among its sites.
     """
     count = len(meter.sites)
@@ -199,7 +202,7 @@ def measure(meter: Meter, *, groups: int, share: float = 0.9, tick: Callable[[],
     measured: list[int] = []
     covered = 0.0
     for k in sorted(range(len(parts)), key=lambda k: -sums[k]):
-        if covered >= share * sum(sums):
+        if covered >= share * sum(sums) or len(measured) >= most:
             break
         covered += sums[k]
         for i in parts[k]:

@@ -377,7 +377,7 @@ def test_full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(np, "savez", full)
     with pytest.raises(
         DataError,
-        match=r"Samples cannot be kept in .+ \(.*No space left on device\): free space there, or set"
+        match=r"samples cannot be kept in .+ \(.*No space left on device\): free space there, or set"
         r" TMPDIR",
     ):
         list(opened(iter([rows(1)])))

@@ -181,7 +181,7 @@ def test_open_layout_is_noted_and_can_be_set() -> None:
 def test_input_of_another_rank_or_batch(shape: Shape) -> None:
     with pytest.raises(
         DataError,
-        match=r"^Input 'x' is float32\[.*\], and an image fills \[1, C, H, W\], \[1, H, W, C\] or",
+        match=r"^input 'x' is float32\[.*\], and an image fills \[1, C, H, W\], \[1, H, W, C\] or",
     ):
         prepared(shape)
 
@@ -251,7 +251,7 @@ def test_values_of_gray_and_integer_inputs(tmp_path: Path) -> None:
 
 
 def test_wrong_values() -> None:
-    with pytest.raises(RecipeError, match=r"Input 'x' is uint8 and takes raw pixels: drop --std\."):
+    with pytest.raises(RecipeError, match=r"input 'x' is uint8 and takes raw pixels: drop --std\."):
         prepared((1, 3, 8, 8), np.uint8, std=(1.0,))
     with pytest.raises(RecipeError, match=r"--mean has 2 numbers: give 1 or 3\."):
         prepared((1, 3, 8, 8), mean=(1.0, 2.0))

@@ -130,7 +130,7 @@ def test_cache_inputs_are_empty(tmp_path: Path) -> None:
 )
 def test_other_inputs_cannot_be_filled(unfit: InputSpec, tmp_path: Path) -> None:
     sentence = (
-        rf"Text cannot fill input '{unfit.name}' \(.+\), only input_ids, attention_mask,"
+        rf"text cannot fill input '{unfit.name}' \(.+\), only input_ids, attention_mask,"
         r" token_type_ids, position_ids and a cache with one open dimension: give \.npz files"
     )
     with pytest.raises(DataError, match=sentence):

@@ -114,7 +114,9 @@ def test_what_is_no_identity_stays(body: str) -> None:
 
 @pytest.mark.parametrize("constant", ["float[1] one = {1}", "float[1,1,1] one = {1}"])
 def test_a_number_that_raises_the_rank_stays(constant: str) -> None:
-    scalar = "g (float x) => (float[N] y)" if "[1]" in constant else "g (float x) => (float[A,B,C] y)"
+    scalar = (
+        "g (float x) => (float[N] y)" if "[1]" in constant else "g (float x) => (float[A,B,C] y)"
+    )
     assert_refuses(DropIdentity(), f"{scalar} <{constant}> {{ y = Mul(x, one) }}")
 
 

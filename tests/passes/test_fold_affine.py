@@ -156,9 +156,7 @@ SQUARE = "g (float[1,1,2,2] x) => (float[1,2,2,2] y)"
 def test_constants_that_are_refused(constant: str, op: str, reason: str) -> None:
     rank = 5 if constant.count(",") == 4 else 4
     head = "g (float[1,1,2,2] x) => (float[1,1,2,2,2] y)" if rank == 5 else SQUARE
-    assert_refuses(
-        FoldAffine(), f"{head} <{W}, {constant}> {{ t = Conv(x, w) y = {op} }}", reason
-    )
+    assert_refuses(FoldAffine(), f"{head} <{W}, {constant}> {{ t = Conv(x, w) y = {op} }}", reason)
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf])

@@ -63,7 +63,8 @@ def test_after_conv_transpose_with_groups() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "constant"), [("1,2,2,2", "2,1,1"), ("1,2,5", "2,1"), ("4,2", "2"), ("1,2,2,1,3", "2,1,1,1")]
+    ("shape", "constant"),
+    [("1,2,2,2", "2,1,1"), ("1,2,5", "2,1"), ("4,2", "2"), ("1,2,2,1,3", "2,1,1,1")],
 )
 def test_elsewhere_it_becomes_mul_and_add(shape: str, constant: str) -> None:
     head = f"g (float[{shape}] x) => (float[{shape}] y)"
@@ -153,5 +154,5 @@ def test_statistics_of_every_element() -> None:
 
 def test_a_variance_of_zero() -> None:
     model = parse(f"{HEAD} <{W}, {STATS}> {{ t = Conv(x, w) y = {BN} }}")
-    model.graph.initializers["var"].const_value = ir.tensor(np.float32([4, 0]))
+    model.graph.initializers["var"].const_value = ir.tensor(np.array([4, 0], np.float32))
     assert_refuses(FoldBatchnorm(), model, "factors that are not finite")

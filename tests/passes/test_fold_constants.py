@@ -82,7 +82,9 @@ def test_a_weight_that_a_body_stores() -> None:
     assert_rewrites(
         FoldConstants(),
         before=model.replace("VALUES", "1, 2, 3, 4").replace("CHAIN", "v = Transpose(w)"),
-        after=model.replace("VALUES", "1, 3, 2, 4").replace("CHAIN", "").replace("(x, v)", "(x, w)"),
+        after=model.replace("VALUES", "1, 3, 2, 4")
+        .replace("CHAIN", "")
+        .replace("(x, v)", "(x, w)"),
         feed={"c": np.array(True)},
     )
 
@@ -147,7 +149,13 @@ def test_one_node_that_fails_does_not_keep_the_others() -> None:
     assert outcome.changed == ["good"]
     assert list(outcome.skipped) == ["bad"]
     assert "ONNX Runtime" in outcome.skipped["bad"]
-    assert [node.op_type for node in model.graph] == ["Reshape", "Neg", "MatMul", "ReduceSum", "Add"]
+    assert [node.op_type for node in model.graph] == [
+        "Reshape",
+        "Neg",
+        "MatMul",
+        "ReduceSum",
+        "Add",
+    ]
 
 
 def test_a_sequence_is_no_tensor() -> None:

@@ -54,17 +54,21 @@ def test_a_gate_of_another_graph() -> None:
     assert_refuses(FoldGate(), text, "the gate is read elsewhere")
 
 
-@pytest.mark.parametrize("body", [f"{POOL} m = Mul(x, g) y = Sub(x, m)", "y = Add(x, x)", "m = Mul(x, x) y = Neg(m)"])
+@pytest.mark.parametrize(
+    "body", [f"{POOL} m = Mul(x, g) y = Sub(x, m)", "y = Add(x, x)", "m = Mul(x, x) y = Neg(m)"]
+)
 def test_other_sums(body: str) -> None:
     assert_refuses(FoldGate(), f"{HEAD} {{ {body} }}")
 
 
 def test_the_one_has_the_type_of_the_activation() -> None:
-    model = parse(f"g (double[1,2,3,3] x) => (double[1,2,3,3] y) {{ s = Neg(x) t = Relu(s) p = GlobalAveragePool(t) g = Sigmoid(p) m = Mul(t, g) y = Add(t, m) }}")  # fmt: skip
+    model = parse("g (double[1,2,3,3] x) => (double[1,2,3,3] y) { s = Neg(x) t = Relu(s) p = GlobalAveragePool(t) g = Sigmoid(p) m = Mul(t, g) y = Add(t, m) }")  # fmt: skip
     model.graph.inputs[0].type = None
     assert_refuses(FoldGate(), model, "its type is unknown")
     model.graph.inputs[0].type = ir.TensorType(ir.DataType.DOUBLE)
-    assert_refuses(FoldGate(), model, "its type is unknown")  # Neg is no operator that is looked through
+    assert_refuses(
+        FoldGate(), model, "its type is unknown"
+    )  # Neg is no operator that is looked through
     model.graph[0].outputs[0].type = ir.TensorType(ir.DataType.DOUBLE)
     FoldGate().apply(model)
     (one,) = model.graph.initializers.values()

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from lowering import constant
 from rewrites import assert_close, assert_refuses, assert_rewrites, parse, random_feed, run
 
 from passes.inline_if import InlineIf
@@ -11,11 +12,17 @@ from qcompile.step import run_pass
 HEAD = "g (float[N,4] x) => (float[N,4] y)"
 
 
-def an_if(condition: str, then: str = "t = Relu(x)", other: str = "e = Neg(x)", rank: str = "N,4") -> str:  # fmt: skip
+def an_if(
+    condition: str,
+    then: str = "t = Relu(x)",
+    other: str = "e = Neg(x)",
+    shape: str = "N,4",
+    names: str = "te",
+) -> str:
     """If with a branch that makes `t` and one that makes `e`."""
     return (
-        f"If <then_branch = one () => (float[{rank}] t) {{ {then} }}, "
-        f"else_branch = two () => (float[{rank}] e) {{ {other} }}> ({condition})"
+        f"If <then_branch = one () => (float[{shape}] {names[0]}) {{ {then} }}, "
+        f"else_branch = two () => (float[{shape}] {names[1]}) {{ {other} }}> ({condition})"
     )
 
 
@@ -50,9 +57,8 @@ def test_weights_move_with_the_branch() -> None:
 
 def test_nested_ifs_and_names_that_repeat_in_bodies() -> None:
     """Both outer bodies define `t` and `e`, and so do two Ifs: every name is unique afterwards."""
-    inner = an_if("c", "t = Exp(x)", "e = Abs(x)")
     text = f"""{HEAD} <bool c = {{1}}, bool d = {{0}}> {{
-        p = {an_if("d", "t = Neg(x)", f"q = {inner} e = Sqrt(q)".replace("t = Exp", "u = Exp").replace("[N,4] t) { u", "[N,4] u) { u"))}
+        p = {an_if("d", "t = Neg(x)", f"q = {an_if('c', 'u = Exp(x)', 'v = Abs(x)', names='uv')} e = Sqrt(q)")}
         r = {an_if("c", "t = Relu(p)", "e = Neg(p)")}
         y = Add(p, r) }}"""
     outcome = assert_rewrites(
@@ -79,7 +85,7 @@ def test_a_branch_that_returns_what_is_not_its_own() -> None:
     y, z, w = run(model, feed)
     np.testing.assert_array_equal(y, -np.maximum(feed["x"], 0))
     np.testing.assert_array_equal(y, z)
-    np.testing.assert_array_equal(w, np.float32([1, 2]))
+    np.testing.assert_array_equal(w, np.array([1, 2], np.float32))
 
 
 SHAPES = {
@@ -89,9 +95,9 @@ SHAPES = {
     "sliced": "s = Shape(v) d = Slice(s, one_1, two_1) c = Equal(d, two)",
     "a rank": "s = Shape(v) d = Size(s) c = Equal(d, three)",
     "less": "s = Shape(v) d = Gather(s, one) c = Less(d, three)",
-    "cast": "s = Shape(v) d = Gather(s, one) e = Equal(d, three) f = Not(e) c = Cast<to = 9>(f)",
-    "arithmetic": "s = Shape(v) d = Gather(s, one) e = Mul(d, two) f = Sub(e, one) c = Equal(f, three)",
-    "axes": "s = Shape(v) d = Gather(s, one_1) e = Squeeze(d, zero_1) f = Unsqueeze(e, zero_1) c = Equal(f, two)",
+    "cast": "s = Shape(v) d = Gather(s, one) p = Equal(d, three) q = Not(p) c = Cast<to = 9>(q)",
+    "arithmetic": "s = Shape(v) d = Gather(s, one) p = Mul(d, two) q = Sub(p, one) c = Equal(q, three)",
+    "axes": "s = Shape(v) d = Gather(s, one_1) p = Squeeze(d, zero_1) q = Unsqueeze(p, zero_1) c = Equal(q, two)",
 }
 NUMBERS = (
     "int64 one = {1}, int64 two = {2}, int64 three = {3}, int64 back = {-2}, int64[1] one_1 = {1}, "
@@ -125,17 +131,13 @@ def test_in_the_body_of_a_loop() -> None:
     assert_close(run(model, feed), wanted, rtol=0)
 
 
-LSTM = "float[1,8,4] W, float[1,8,2] R"
-RANK = """g (float[A,B,4] x) => (float[1,B,2] h) <float[1,8,4] W = {%s}, float[1,8,2] R = {%s},
-    int64[1] zero = {0}, int64 first = {0}, int64 one = {1}> {
+RANK = f"""g (float[A,B,4] x) => (float[1,B,2] h) <{constant("W", 1, 8, 4)}, {constant("R", 1, 8, 2)},
+    int64[1] zero = {{0}}, int64 first = {{0}}, int64 one = {{1}}, int64 two = {{2}}> {{
     s = Shape(x) d = Gather(s, first) c = Equal(d, one)
-    p = If <then_branch = one () => (float[B,4] t) { t = Squeeze(x, zero) },
-            else_branch = two () => (float[A,B,4] e) { e = Identity(x) }> (c)
+    p = If <then_branch = one () => (float[B,4] t) {{ t = Squeeze(x, zero) }},
+            else_branch = two () => (float[A,B,4] e) {{ e = Identity(x) }}> (c)
     q = Unsqueeze(p, zero)
-    y, h = LSTM <hidden_size = 2> (q, W, R) }""" % (
-    ", ".join("0.1" for _ in range(32)),
-    ", ".join("0.2" for _ in range(16)),
-)
+    y, h = LSTM <hidden_size = 2> (q, W, R) }}"""
 
 
 def test_the_branch_that_the_reader_can_read() -> None:
@@ -148,8 +150,21 @@ def test_the_branch_that_the_reader_can_read() -> None:
     assert_close(run(model, feed), wanted, rtol=0)
 
 
+def test_ranks_of_an_if_behind_an_if() -> None:
+    """As PyTorch exports an LSTM cell: is there a time axis to remove, is there a batch axis to add?"""
+    behind = """i = Shape(p) j = Size(i) k = Equal(j, two) l = Not(k)
+        o = If <then_branch = three () => (float[C,B,4] f) { f = Unsqueeze(p, zero) },
+                else_branch = four () => (float[B,4] g) { g = Identity(p) }> (l)
+        q = Unsqueeze(o, zero)"""
+    model = parse(RANK.replace("q = Unsqueeze(p, zero)", behind))
+    feed = random_feed(model, given={"x": np.ones((1, 3, 4), np.float32)})
+    wanted = run(model, feed)
+    assert len(run_pass(InlineIf(), model).changed) == 2
+    assert_close(run(model, feed), wanted, rtol=0)
+
+
 @pytest.mark.parametrize(
-    "old, new",
+    ("old", "new"),
     [
         ("e = Identity(x)", "u = Relu(x) e = ReduceSum<keepdims = 0>(u, zero)"),  # both fit
         ("y, h = LSTM <hidden_size = 2> (q, W, R)", "h = Relu(q)"),  # nothing asks for a rank

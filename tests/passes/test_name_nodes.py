@@ -1,4 +1,4 @@
-from rewrites import assert_same_interface, parse, run, random_feed
+from rewrites import assert_same_interface, parse, random_feed, run
 
 from passes.name_nodes import NameNodes
 
@@ -21,7 +21,9 @@ def test_every_node_has_a_name_of_its_own() -> None:
 
 
 def test_a_name_given_later_is_not_taken() -> None:
-    model = parse("g (float[4] x) => (float[4] y) { t = Relu(x) [Relu_t] u = Neg(t) [u] y = Neg(u) }")
+    model = parse(
+        "g (float[4] x) => (float[4] y) { t = Relu(x) [Relu_t] u = Neg(t) [u] y = Neg(u) }"
+    )
     model.graph[1].name = "Relu:t"
     NameNodes().apply(model)
     assert [node.name for node in model.graph] == ["Relu:t_1", "Relu:t", "u"]

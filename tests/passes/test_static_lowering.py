@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from lowering import assert_lowered, compiled, constant, integer_ops, op_types, reference
+from lowering import assert_lowered, compiled, constant, integer_ops, op_types
 from rewrites import run
 
 from qcompile.graph.edit import array
@@ -120,7 +120,15 @@ def test_against_numpy_and_each_other(case: str) -> None:
 
 def test_signed_activations() -> None:
     """The target for ARM has int8 activations: every rule again, with zero points below 0."""
-    for case in ("conv relu", "add relu", "mul", "swish", "hard swish", "standalone clip", "concat of different scales"):
+    for case in (
+        "conv relu",
+        "add relu",
+        "mul",
+        "swish",
+        "hard swish",
+        "standalone clip",
+        "concat of different scales",
+    ):
         made = compiled(CASES[case][0], target="ort-cpu-arm64")
         assert_lowered(made, fused=2.01)
         assert integer_ops(made.fused) == CASES[case][1]
@@ -200,7 +208,7 @@ def test_a_convolution_that_a_body_reads_keeps_its_negatives() -> None:
         made = compiled(text, given={"c": np.array(taken)})
         assert made.forms()["relu"] == "static"
         for feed in made.feeds:
-            y, z = run(made.qdq, feed)
+            _, z = run(made.qdq, feed)
             t = -run(made.prepared, feed)[1]
             assert np.abs(-z - t).max() < 0.03 * np.abs(t).max()
             assert np.array_equal(run(made.fused, feed)[1], z)
@@ -223,7 +231,9 @@ def test_a_hard_sigmoid_of_other_codes_stays() -> None:
     text = f"{MAP} <{K}> {{ t = Conv<{PAD}>(x, k) [gate] y = HardSigmoid(t) }}"
     made = compiled(text)
     params = made.solution.params
-    half = params["y"].__class__(params["y"].scale / np.float32(2), params["y"].zero, params["y"].scheme)
+    half = params["y"].__class__(
+        params["y"].scale / np.float32(2), params["y"].zero, params["y"].scheme
+    )
     made.solution.params["y"] = half  # type: ignore[index]
     assert integer_ops(made.rebuilt("fused")) == ["QLinearConv", "HardSigmoid"]
 
@@ -232,7 +242,9 @@ def test_a_clip_that_is_tighter_than_its_codes_stays() -> None:
     text = f"{MAP} <{K}, float low = {{-1}}, float high = {{1}}> {{ s = Conv<{PAD}>(x, k) t = Clip(s, low, high) [q] u = Add(t, s) y = Mul(u, x) }}"
     made = compiled(text)
     params = made.solution.params
-    wide = params["t"].__class__(params["t"].scale * np.float32(3), params["t"].zero, params["t"].scheme)
+    wide = params["t"].__class__(
+        params["t"].scale * np.float32(3), params["t"].zero, params["t"].scheme
+    )
     made.solution.params["t"] = wide  # type: ignore[index]
     assert "Clip" in integer_ops(made.rebuilt("fused"))
 
@@ -253,7 +265,9 @@ def test_one_quantize_and_one_dequantize_for_all_readers() -> None:
 
 
 def test_shapes_and_types_of_outputs_stay() -> None:
-    text = f"g (float[N,4,H,W] x) => (float[N,4,H,W] y) <{K}> {{ t = Conv<{PAD}>(x, k) y = Relu(t) }}"
+    text = (
+        f"g (float[N,4,H,W] x) => (float[N,4,H,W] y) <{K}> {{ t = Conv<{PAD}>(x, k) y = Relu(t) }}"
+    )
     made = compiled(text)
     for model in (made.qdq, made.fused):
         assert model.graph.outputs[0].shape == made.prepared.graph.outputs[0].shape
@@ -271,7 +285,9 @@ def test_node_names_stay() -> None:
 def test_parameters_of_one_value_are_stored_once() -> None:
     text = f"{MAP} <{K}> {{ s = Conv<{PAD}>(x, k) t = MaxPool<kernel_shape = [3, 3], {PAD}>(s) y = Add(t, s) }}"
     made = compiled(text)
-    scales = [array(v) for name, v in made.qdq.graph.initializers.items() if name.startswith("qc_scale")]
+    scales = [
+        array(v) for name, v in made.qdq.graph.initializers.items() if name.startswith("qc_scale")
+    ]
     assert len({float(s) for s in scales if s is not None}) == len(scales) == 3  # x, s and t, y
 
 
@@ -284,3 +300,35 @@ def test_a_plan_in_another_order() -> None:
     feed = made.feeds[0]
     assert np.array_equal(run(again, feed)[0], run(made.fused, feed)[0])
     assert op_types(again) == op_types(made.fused)
+
+
+@pytest.mark.parametrize("gate", ["Sigmoid", "HardSigmoid"])
+@pytest.mark.parametrize("number", [1.0, -0.5, -7.0])
+def test_a_sum_behind_a_function_of_known_range(gate: str, number: float) -> None:
+    """The range of the function is fixed, but codes for the sum's zero lie outside of it."""
+    text = f"g (float[1,4,6,6] x) => (float[1,6,6,4] y) <{SOFT}, float c = {{{number}}}> {{ t = Conv<{PAD}>(x, k) s = {gate}(t) u = Transpose<perm = [0, 2, 3, 1]>(s) [free] y = Add(u, c) }}"
+    made = compiled(text)
+    assert made.forms()["free"] == "free"
+    assert_lowered(made)
+
+
+@pytest.mark.parametrize("alpha", [0.0, -0.2])
+def test_a_hard_sigmoid_that_does_not_rise(alpha: float) -> None:
+    text = f"{MAP} <{K}> {{ t = Conv<{PAD}>(x, k) [gate] y = HardSigmoid<alpha = {alpha}>(t) }}"
+    made = compiled(text)
+    assert made.forms()["gate"] == "float"
+    assert_lowered(made, accuracy=0.2)
+
+
+def test_a_range_that_is_nothing() -> None:
+    text = (
+        f"{MAP} <{K}, {B}> {{ z = Sub(x, x) t = Conv<{PAD}>(z, k, b) r = Relu(t) y = Mul(r, z) }}"
+    )
+    assert_lowered(compiled(text))
+
+
+def test_parts_of_a_split_that_nobody_reads() -> None:
+    text = f"g (float[1,4,6,6] x) => (float[1,2,6,6] z) <{K}> {{ t = Conv<{PAD}>(x, k) y, z = Split<axis = 1>(t) }}"
+    made = compiled(text)
+    assert_lowered(made)
+    assert integer_ops(made.fused) == ["QLinearConv", "Split"]

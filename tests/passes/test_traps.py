@@ -46,6 +46,15 @@ CELLS = {
         SQUARE, SQUARE, "float[2,2,1,1] w = {1, 2, 3, 4}",
         "p = GlobalAveragePool(x) c = Conv(p, w) g = Sigmoid(c) m = Mul(x, g) t = Add(x, m)", "m", SQUARE, "w",
     ),
+    "pool_to_conv": Cell(
+        SQUARE, SQUARE, "float[2,2,1,1] w = {1, 2, 3, 4}",
+        "m = Conv(x, w) t = AveragePool<kernel_shape = [1, 1]>(m)", "m", SQUARE, "w",
+    ),
+    "inline_if": Cell(
+        "2,2", "2,2", "bool on = {1}, float[2,2] w = {1, 2, 3, 4}",
+        "m = If(on) <then_branch = p () => (float[2,2] ma) { ma = MatMul(x, w) }, "
+        "else_branch = q () => (float[2,2] mb) { mb = Neg(x) }> t = Relu(m)", "m", "2,2", "w",
+    ),
 }  # fmt: skip
 
 

@@ -60,7 +60,7 @@ def test_a_crash_is_told_in_a_line() -> None:
 def test_reasons_hold_no_folders_and_no_prefix() -> None:
     text = """Traceback (most recent call last):
       File "/home/someone/tool.py", line 3, in <module>
-    onnxruntime.capi.onnxruntime_pybind11_state.InvalidGraph: [ONNXRuntimeError] : 10 : INVALID_GRAPH : Load model from /tmp/x/y.onnx failed:This is an invalid model. See /tmp/x/log.txt
+    onnxruntime.capi.onnxruntime_pybind11_state.InvalidGraph: [ONNXRuntimeError] : 10 : INVALID_GRAPH : Load model from /some/where/y.onnx failed:This is an invalid model. See /some/where/log.txt
     """
     assert reason(text) == "InvalidGraph: This is an invalid model. See log.txt"
     assert reason("") == ""

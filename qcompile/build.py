@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from passes.guard_float import GuardFloat
 from passes.insert_qdq import InsertQdq
@@ -14,6 +15,7 @@ from passes.lower_dynamic import LowerDynamic
 from passes.lower_embedding import LowerEmbedding
 from passes.lower_integer import LowerInteger
 from passes.lower_recurrent import LowerRecurrent
+from qcompile.graph import io
 from qcompile.graph.edit import drop_unread
 from qcompile.plan.make import find_candidates
 from qcompile.plan.plan import Plan
@@ -25,6 +27,7 @@ from qcompile.step import run_pass
 from qcompile.targets.schema import Target
 
 Format = Literal["qdq", "fused"]
+_QDQ_OPSET = 13  # per-axis DequantizeLinear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,11 @@ def build(
     prepared: ir.Model, plan: Plan, solution: Solution, target: Target, facts: Mapping[str, Fact],
     form: Format,
 ) -> ir.Model:  # fmt: skip
-    """A new quantized model; `prepared` is not changed."""
+    """A new quantized model; `prepared` is not changed.
+
+    Raises:
+        ModelError: the portable form needs a newer opset than the model can be raised to.
+    """
     model = prepared.clone()
     found = find_candidates(model, target, facts)
     lower: Literal["fused", "portable"] = "fused" if form == "fused" else "portable"
@@ -53,6 +60,9 @@ def build(
     if form == "fused":
         run_pass(LowerInteger(plan), model)
     run_pass(GuardFloat(), model)
+    if form == "qdq" and model.opset_imports.get("", _QDQ_OPSET) < _QDQ_OPSET:
+        model = io.convert_opset(model, _QDQ_OPSET)
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     drop_unread(model)
     model.graph.sort()
     return model

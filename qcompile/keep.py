@@ -129,5 +129,6 @@ def _note(pattern: str, gone: Sequence[ir.Node], found: Sequence[ir.Node]) -> st
 def _near(pattern: str, known: Sequence[ir.Node]) -> str:
     names = dict.fromkeys(node.name for node in known if node.name)
     words = [*names, *sorted({node.op_type for node in known})]
-    close = difflib.get_close_matches(pattern, words, n=_NEAREST, cutoff=0.3)
+    plain = "" if pattern.startswith("re:") else pattern
+    close = difflib.get_close_matches(plain, words, n=_NEAREST, cutoff=0.3)
     return f" The nearest names: {', '.join(map(repr, close))}." if close else ""

@@ -13,6 +13,7 @@ from passes.fold_affine import FoldAffine
 from passes.fold_batchnorm import FoldBatchnorm
 from passes.fold_constants import FoldConstants
 from passes.fold_gate import FoldGate
+from passes.fold_shuffle import FoldShuffle
 from passes.fuse_hard_swish import FuseHardSwish
 from passes.inline_if import InlineIf
 from passes.name_nodes import NameNodes
@@ -25,11 +26,12 @@ from qcompile.step import Outcome, Pass, run_pass
 logger = logging.getLogger(__name__)
 
 PASSES: Sequence[Pass] = (
-    NameNodes(), InlineIf(), FoldConstants(), DropIdentity(), FoldBatchnorm(), FoldAffine(), FuseHardSwish(), FoldGate(), PoolToConv(),
+    NameNodes(), InlineIf(), FoldConstants(), DropIdentity(), FoldBatchnorm(), FoldAffine(), FuseHardSwish(), FoldGate(), FoldShuffle(),
+    PoolToConv(),
 )  # fmt: skip
 
 
-OPSET = 13  # per-axis DequantizeLinear; 8-bit MaxPool needs 12
+OPSET = 12  # 8-bit MaxPool; per-axis DequantizeLinear needs 13, which the portable form is raised to
 
 
 def prepare(model: ir.Model) -> tuple[ir.Model, dict[str, Outcome]]:

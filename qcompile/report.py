@@ -110,48 +110,60 @@ def grouped_float(result: Result, most: int = 8) -> list[tuple[str, str, int, st
 
 def to_markdown(result: Result) -> str:
     """The report as a document."""
+    source = "a model in memory" if result.model is None else f"`{result.model}`"
+    size, ratio = result.size_mb, result.size_mb["before"] / max(result.size_mb["after"], 1e-9)
     lines = [
         f"# {Path(result.output).name if result.output else 'result'}: {result.verdict()}", "",
-        f"Compiled from `{result.model}` for `{result.target}`, recipe `{result.recipe}`, format `{result.format}`, "
+        f"Compiled from {source} for `{result.target}`, recipe `{result.recipe}`, format `{result.format}`, "
         f"ranges `{result.ranges}`, in {result.seconds:.1f} s and {result.peak_rss_mb:.0f} MB; "
         f"{result.samples['calibration']} calibration and {result.samples['held_out']} held-out samples.", "",
-        "| | FP32 | result | |", "|---|---|---|---|",
-        f"| size, MB | {result.size_mb['before']:.2f} | {result.size_mb['after']:.2f} | "
-        f"{result.size_mb['before'] / max(result.size_mb['after'], 1e-9):.2f}x smaller |",
+        *_head("", "FP32", "result", ""),
+        _row("size, MB", f"{size['before']:.2f}", f"{size['after']:.2f}", f"{ratio:.2f}x smaller"),
     ]  # fmt: skip
-    for row in result.latency.get("feeds", []):
-        lines.append(  # noqa: PERF401
-            f"| latency, ms ({row['feed']}) | {row['fp32_ms']:.2f} | {row['result_ms']:.2f} | {row['speedup']:.2f}x |"
+    lines += [
+        _row(
+            f"latency, ms ({row['feed']})", f"{row['fp32_ms']:.2f}", f"{row['result_ms']:.2f}",
+            f"{row['speedup']:.2f}x",
         )
-    lines += [
-        "",
-        "## Error of the outputs on held-out samples",
-        "",
-        "| output | slice | SQNR dB | cosine | agreement | exact SQNR dB |",
-        "|---|---|---|---|---|---|",
-    ]
+        for row in result.latency["feeds"]
+    ]  # fmt: skip
+    lines += ["", "## Error of the outputs on held-out samples", ""]
+    lines += _head("output", "slice", "SQNR dB", "cosine", "agreement", "exact SQNR dB")
     for output in result.outputs:
-        exact = {s["slice"]: s for s in output.get("exact", [])}
+        exact = {part["slice"]: part["sqnr_db"] for part in output["exact"]}
         for part in output["slices"]:
-            before = exact.get(part["slice"], {}).get("sqnr_db")
-            lines.append(
-                f"| {output['name']} | {part['slice']} | {_db(part['sqnr_db'])} | {part['cosine']:.5f} | "
-                f"{'' if part['agreement'] is None else format(part['agreement'], '.2%')} | {_db(before)} |"
-            )
-    lines += ["", "## Kernels", "", f"{result.kernels['integer']} nodes on integer kernels, {result.kernels['float']} float Conv/MatMul-like nodes, "
-              f"{result.kernels['leftover_qdq']} QuantizeLinear/DequantizeLinear left.", "", "| node | op | planned | ORT runs | verdict |", "|---|---|---|---|---|"]  # fmt: skip
+            name, same = part["slice"], part["agreement"]
+            before = _db(exact[name]) if name in exact else ""
+            agreement = "" if same is None else f"{same:.2%}"
+            figures = (_db(part["sqnr_db"]), f"{part['cosine']:.5f}", agreement, before)
+            lines.append(_row(output["name"], name, *figures))
+    kernels = result.kernels
+    lines += ["", "## Kernels", ""]
     lines += [
-        f"| {v['node']} | {v['op']} | {v['form']} | {v['kernel']} | {v['verdict']} {v['why']} |"
-        for v in result.kernels["nodes"]
+        f"{kernels['integer']} nodes on integer kernels, {kernels['float']} float Conv/MatMul-like nodes, "
+        f"{kernels['leftover_qdq']} QuantizeLinear/DequantizeLinear left.", "",
+        *_head("node", "op", "planned", "ORT runs", "verdict"),
+    ]  # fmt: skip
+    lines += [
+        _row(v["node"], v["op"], v["form"], v["kernel"], f"{v['verdict']} {v['why']}".strip())
+        for v in kernels["nodes"]
     ]
-    lines += ["", "## Left float", "", "| op | reason | nodes | for example |", "|---|---|---|---|"]
+    lines += ["", "## Left float", "", *_head("op", "reason", "nodes", "for example")]
     lines += [
-        f"| {op} | {why} | {n} | {node} |" for op, why, n, node in grouped_float(result, 1000)
+        _row(op, why, str(count), node) for op, why, count, node in grouped_float(result, 1000)
     ]
     for title, sentences in (("Warnings", result.warnings), ("Notes", result.notes)):
         if sentences:
-            lines += ["", f"## {title}", ""] + [f"- {s}" for s in sentences]
+            lines += ["", f"## {title}", "", *(f"- {sentence}" for sentence in sentences)]
     return "\n".join(lines) + "\n"
+
+
+def _row(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _head(*cells: str) -> list[str]:
+    return [_row(*cells), "|" + "---|" * len(cells)]
 
 
 def _db(value: float | None) -> str:

@@ -15,7 +15,7 @@ from qcompile.plan.plan import Form, Plan
 from qcompile.run.profile import profile
 from qcompile.run.session import Feed, Session
 from qcompile.verify.latency import race, typical_feeds
-from qcompile.workshop import Attempt, Ranging, Workshop
+from qcompile.workshop import LARGE, Attempt, Ranging, Workshop
 
 if TYPE_CHECKING:
     from qcompile.compiler import Opened
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 _QUICK = 8  # held-out samples that choose between range methods
 _FINE_DB = 45.0  # no tuning above this
-_SMALL = 200  # static nodes: larger graphs are tuned only if they miss the goal
 _WORTH_IT = 1.15  # speed-up that leaving nodes float for accuracy must not go below
 _WORTH_DB = 1.5  # short of the goal, nodes are left float only for this much
 _ROUNDS = 3  # of planning again with measured costs
@@ -44,7 +43,7 @@ def find_best(shop: Workshop, request: Request, draft: Plan, opened: Opened) -> 
     best = _choose_ranges(shop, draft, form, history)
     found = None
     goal = shop.recipe.min_sqnr or shop.recipe.sqnr_goal
-    small = len(best.plan.of(Form.STATIC)) <= _SMALL
+    small = len(best.plan.of(Form.STATIC)) <= LARGE
     if opened.samples is not None and best.db < (_FINE_DB if small else goal):
         found = tune.sensitivity(shop, best.plan, best.ranging)
     if found is not None and best.plan.of(Form.STATIC) and len(shop.methods) > 1:
@@ -67,7 +66,7 @@ def _choose_ranges(shop: Workshop, plan: Plan, form: Format, history: History) -
             attempts.append(attempt)
             step(1, None)
     best = min(attempts, key=lambda a: a.noise)
-    if plan.of(Form.STATIC) and shop.recipe.bias_correction:
+    if 0 < len(plan.of(Form.STATIC)) <= LARGE and shop.recipe.bias_correction:
         best = _shifted(shop, best)
     if len(attempts) > 1:
         tried = ", ".join(f"{a.ranging.method} {a.db:.1f} dB" for a in attempts)
@@ -101,13 +100,15 @@ def _tune(shop: Workshop, best: Attempt, found: tune.Sensitivity, history: Histo
 
 def _faster(shop: Workshop, request: Request, best: Attempt, opened: Opened, history: History) -> Attempt:
     """Plans again with measured costs while that pays, if the result gains less than the plan promised."""
-    if not best.plan.of(Form.STATIC) or best.speedup >= _WORTH_IT:
+    static = len(best.plan.of(Form.STATIC))
+    if not static or best.speedup >= (_WORTH_IT if static <= LARGE else 1.0):
         return best
+    rounds = _ROUNDS if static <= LARGE else 1
     feed = _middle(opened)
-    with shop.progress.stage("finding what is slow", _ROUNDS) as step:
+    with shop.progress.stage("finding what is slow", rounds) as step:
         floats = profile(shop.prepared, feed, threads=shop.recipe.threads)
         current, wanted = best, request
-        for _ in range(_ROUNDS):
+        for _ in range(rounds):
             wanted = faster.measured_request(shop, wanted, current, feed, floats)
             plan = faster.plan_again(shop, wanted, current)
             step(1, None)
@@ -154,7 +155,8 @@ def _more_accurate(
 def _choose_format(shop: Workshop, best: Attempt, opened: Opened, history: History) -> Attempt:
     """The faster of the formats that the recipe allows, timed against the float model."""
     racers: dict[str, Attempt] = {best.form: best}
-    if shop.recipe.format == "auto" and best.plan.quantizes and not shop.only_fused(best.plan):
+    both = shop.recipe.format == "auto" and len(best.plan.of(Form.STATIC)) <= LARGE
+    if both and best.plan.quantizes and not shop.only_fused(best.plan):
         try:
             racers["qdq"] = shop.attempt(best.plan, best.ranging, "qdq")
         except ModelError as error:

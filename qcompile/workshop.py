@@ -31,6 +31,7 @@ from qcompile.verify.compare import Comparison, Reference
 from qcompile.verify.slices import parts_of
 
 _SHIFT_SAMPLES = 16
+LARGE = 400  # static nodes: in larger graphs fewer things are tried, so that seconds stay seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +108,8 @@ class Workshop:
         """
         assert self.samples is not None
         ranges = self.recipe.ranges
-        self.methods = ("mean", "minmax", "mse") if ranges == "auto" else (ranges,)
+        several = ("mean", "minmax", "mse") if len(plan.of(Form.STATIC)) <= LARGE else ("mean",)
+        self.methods = several if ranges == "auto" else (ranges,)
         histogram = any(method in HISTOGRAM_METHODS for method in self.methods)
         inputs = self._conv_inputs(plan)
         self.base = self.coding(plan)

@@ -6,13 +6,12 @@ import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from conftest import Desk
-from networks import conv_net, from_text, linear_net, rows, samples, save
+from networks import conv_net, linear_net, samples, save
 
 from qcompile.cli import main
 from qcompile.options import COMMANDS
@@ -25,16 +24,6 @@ KEYS = {
     "kernels", "kept_float", "warnings",
 }  # fmt: skip
 OUR_KEYS = {"format", "ranges", "samples", "notes", "next_command", "exit_code", "plan"}
-
-
-def compiled(desk: Desk, *words: str | Path, code: int = 0) -> dict[str, Any]:
-    """What `qcompile m.onnx --data d.npz` and more words print as JSON."""
-    done = desk.run("m.onnx", "--data", "d.npz", "--json", *words)
-    assert done.code == code, done
-    assert done.err == ""
-    table: dict[str, Any] = json.loads(done.out)
-    assert table["exit_code"] == code
-    return table
 
 
 def operators(path: Path) -> list[str]:
@@ -59,7 +48,7 @@ def test_result_as_a_table(desk: Desk) -> None:
 
 
 def test_result_as_json(desk: Desk) -> None:
-    table = compiled(desk)
+    table = desk.compiled()
     assert set(table) == KEYS | OUR_KEYS
     assert (table["model"], table["output"]) == ("m.onnx", "m.int8.onnx")
     assert (table["target"][:8], table["recipe"]) == ("ort-cpu-", "int8")
@@ -111,7 +100,7 @@ def test_json_is_all_of_stdout_and_progress_is_on_stderr(
 def test_the_same_input_gives_the_same_file(desk: Desk) -> None:
     contents = []
     for name in ("a.onnx", "b.onnx"):
-        compiled(desk, "-o", name)
+        desk.compiled("-o", name)
         contents.append((desk / name).read_bytes())
     assert contents[0] == contents[1]
 
@@ -119,7 +108,7 @@ def test_the_same_input_gives_the_same_file(desk: Desk) -> None:
 def test_output_is_replaced_and_the_input_is_not_touched(desk: Desk) -> None:
     before = (desk / "m.onnx").read_bytes()
     (desk / "m.int8.onnx").write_text("old")
-    compiled(desk)
+    desk.compiled()
     assert "QLinearConv" in operators(desk / "m.int8.onnx") or "QuantizeLinear" in operators(
         desk / "m.int8.onnx"
     )
@@ -128,13 +117,13 @@ def test_output_is_replaced_and_the_input_is_not_touched(desk: Desk) -> None:
 
 @pytest.mark.parametrize(("form", "op"), [("qdq", "DequantizeLinear"), ("fused", "QLinearConv")])
 def test_formats(desk: Desk, form: str, op: str) -> None:
-    assert compiled(desk, "--format", form)["format"] == form
+    assert desk.compiled("--format", form)["format"] == form
     assert op in operators(desk / "m.int8.onnx")
 
 
 @pytest.mark.parametrize("ranges", ["mean", "minmax", "percentile", "mse", "kl"])
 def test_ranges(desk: Desk, ranges: str) -> None:
-    assert compiled(desk, "--ranges", ranges)["ranges"] == ranges
+    assert desk.compiled("--ranges", ranges)["ranges"] == ranges
 
 
 def test_external_data_in_and_names_with_spaces(desk: Desk) -> None:
@@ -192,17 +181,17 @@ def test_data_by_flags(desk: Desk) -> None:
 
 def test_threads_and_goal_and_recipe(desk: Desk) -> None:
     (desk / "mine.toml").write_text("ranges = 'minmax'\nsqnr_goal = 0\n[data]\nsamples = 4\n")
-    table = compiled(desk, "--recipe", "mine.toml", "--threads", "1")
+    table = desk.compiled("--recipe", "mine.toml", "--threads", "1")
     assert (table["recipe"], table["ranges"]) == ("mine", "minmax")
     assert table["samples"] == {"calibration": 3, "held_out": 1}
     assert (
-        compiled(desk, "--recipe", "mine.toml", "--ranges", "mse", "--samples", "5")["ranges"]
+        desk.compiled("--recipe", "mine.toml", "--ranges", "mse", "--samples", "5")["ranges"]
         == "mse"
     )
 
 
 def test_target_of_another_machine_is_noted(desk: Desk) -> None:
-    table = compiled(desk, "--target", "ort-cpu-arm64")
+    table = desk.compiled("--target", "ort-cpu-arm64")
     assert table["target"] == "ort-cpu-arm64"
     assert "ort-cpu-arm64 is not this machine: the times are those of this one." in table["notes"]
 
@@ -248,7 +237,7 @@ def test_exit_0_for_help_and_version(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_keep_float(desk: Desk) -> None:
-    table = compiled(desk, "--keep-float", "/conv1", "--keep-float", "re:conv9|head")
+    table = desk.compiled("--keep-float", "/conv1", "--keep-float", "re:conv9|head")
     why = {row["node"]: row["why"] for row in table["kept_float"]}
     assert why["/conv1/Conv"] == "kept float by '/conv1'"
     assert why["/head/MatMul"] == "kept float by 're:conv9|head'"
@@ -256,7 +245,7 @@ def test_keep_float(desk: Desk) -> None:
 
 
 def test_keep_float_of_what_a_node_would_absorb(desk: Desk) -> None:
-    table = compiled(desk, "--keep-float", "/conv1/Relu")
+    table = desk.compiled("--keep-float", "/conv1/Relu")
     why = {row["node"]: row["why"] for row in table["kept_float"]}
     assert why["/conv1/Conv"] == "/conv1/Relu after it stays float"
     assert "/conv2/Conv" not in why
@@ -269,143 +258,7 @@ def test_keep_float_takes_names_that_were_folded_away(desk: Desk) -> None:
         ("BatchNormalization", "/norm0"),
         ("/same", "Identity"),
     ):
-        table = compiled(desk, "--keep-float", pattern)
+        table = desk.compiled("--keep-float", pattern)
         (note,) = (note for note in table["notes"] if "--keep-float" in note)
         assert repr(pattern) in note
         assert gone in note
-
-
-# ---- plan
-
-
-def test_plan_is_printed(desk: Desk) -> None:
-    done = desk.run("plan", "m.onnx")
-    assert (done.code, done.new, done.err) == (0, [], "")
-    lines = done.out.splitlines()
-    assert lines[0].split() == ["node", "op", "form", "weight", "why"]
-    assert [line.split()[0] for line in lines[1:3]] == ["/conv0/Conv", "/conv0/Relu"]
-    table = json.loads(desk.run("plan", "m.onnx", "--json").out)
-    assert set(table) == {"version", "target", "activation", "nodes"}
-    assert len(table["nodes"]) == len(lines) - 1
-
-
-def test_plan_is_written_edited_and_obeyed(desk: Desk) -> None:
-    done = desk.run("plan", "m.onnx", "--data", "d.npz", "-o", "my plan.json")
-    assert done.new == ["work/my plan.json"]
-    assert done.out.rstrip().endswith("then: qcompile m.onnx --plan 'my plan.json'")
-    text = (desk / "my plan.json").read_text("utf-8")
-    table = json.loads(text)
-    forms = {row["node"]: row["form"] for row in table["nodes"]}
-    assert forms["/conv2/Conv"] == "static"
-    same = compiled(desk, "--plan", "my plan.json")
-    assert {row["node"]: row["form"] for row in same["plan"]} == forms
-    for row in table["nodes"]:
-        if row["node"] == "/conv2/Conv":
-            row["form"] = "float"
-    (desk / "my plan.json").write_text(json.dumps(table), "utf-8")
-    edited = compiled(desk, "--plan", "my plan.json")
-    (row,) = (row for row in edited["plan"] if row["node"] == "/conv2/Conv")
-    assert (row["form"], row["why"]) == ("float", "set in the plan")
-    assert any(row["node"] == "/conv1/Conv" and row["form"] == "static" for row in edited["plan"])
-    assert not any(row["node"] == "/conv2/Conv" for row in edited["kernels"]["nodes"])
-    shown = json.loads(desk.run("plan", "m.onnx", "--plan", "my plan.json", "--json").out)
-    assert {r["node"]: r["form"] for r in shown["nodes"]}["/conv2/Conv"] == "float"
-
-
-def test_plan_that_asks_for_what_cannot_be(desk: Desk) -> None:
-    table = json.loads(desk.run("plan", "m.onnx", "--json").out)
-    for row in table["nodes"]:
-        if row["node"] in ("/conv0/Conv", "/head/MatMul"):
-            row["form"] = "static"
-    (desk / "p.json").write_text(json.dumps(table))
-    result = compiled(desk, "--plan", "p.json")
-    forms = {row["node"]: row["form"] for row in result["plan"]}
-    assert forms["/conv0/Conv"] == "static"
-    assert forms["/head/MatMul"] == "float"
-    (note,) = (note for note in result["notes"] if "was set to" in note)
-    assert note.startswith(
-        "/head/MatMul (MatMul) was set to static and is float: too small to gain"
-    )
-
-
-# ---- inspect, verify, bench, targets
-
-
-def test_inspect(desk: Desk) -> None:
-    table = json.loads(desk.run("inspect", "m.onnx", "--json").out)
-    assert set(table) == {
-        "model", "mb", "opset", "inputs", "outputs", "nodes", "operators", "weights_mb", "functions",
-        "graphs", "quantized_nodes",
-    }  # fmt: skip
-    assert table["inputs"] == {"x": "float32[N, 3, 16, 16]"}
-    assert table["operators"]["Conv"] == 3
-    assert table["quantized_nodes"] == 0
-    done = desk.run("inspect", "m.onnx")
-    assert (done.code, done.new, done.err) == (0, [], "")
-    assert "float32[N, 3, 16, 16]" in done.out
-    compiled(desk, "--format", "qdq")
-    assert json.loads(desk.run("inspect", "m.int8.onnx", "--json").out)["quantized_nodes"] > 4
-
-
-def test_verify(desk: Desk) -> None:
-    compiled(desk)
-    words = ["verify", "m.onnx", "m.int8.onnx", "--data", "d.npz"]
-    done = desk.run(*words, "--json")
-    table = json.loads(done.out)
-    assert (done.code, done.new, done.err) == (0, [], "")
-    assert set(table) == {"fp32", "quantized", "samples", "outputs", "warnings"}
-    assert table["samples"] == 10
-    assert table["outputs"][0]["slices"][0]["sqnr_db"] > 30
-    assert table["outputs"][0]["exact"][0]["sqnr_db"] > 30
-    shown = desk.run(*words)
-    assert "10 samples" in shown.out
-    assert "SQNR" in shown.out
-    limited = desk.run(*words, "--min-sqnr", "200", "--json")
-    assert limited.code == 3
-    assert "the limit is 200 dB" in json.loads(limited.out)["warnings"][0]
-    made_up = desk.run("verify", "m.onnx", "m.onnx")
-    assert made_up.code == 0
-    assert "1 sample\n" in made_up.out
-    assert "equal" in made_up.out
-    assert "measured on stand-in inputs" in made_up.out
-
-
-def test_verify_says_what_is_dead(desk: Desk) -> None:
-    text = "g (float[N,256] x) => (float[N,256] y) { z = Sub(x, x) y = Relu(z) }"
-    save(linear_net(), desk / "l.onnx")
-    save(from_text(text), desk / "dead.onnx")
-    np.savez(desk / "l.npz", x=rows())
-    done = desk.run("verify", "l.onnx", "dead.onnx", "--data", "l.npz", "--json")
-    assert done.code == 3
-    assert json.loads(done.out)["warnings"] == [
-        "output 'y' is constant: all its information is lost."
-    ]
-
-
-def test_bench(desk: Desk) -> None:
-    words = ["bench", "m.onnx", "m.onnx", "--data", "d.npz", "--seconds", "0.1"]
-    done = desk.run(*words, "--json")
-    table = json.loads(done.out)
-    assert (done.code, done.new, done.err) == (0, [], "")
-    assert set(table) == {"latency", "size_mb", "inputs"}
-    assert table["latency"] == [
-        {"feed": "1x3x16x16", "fp32_ms": 2.0, "quantized_ms": 1.0, "speedup": 2.0, "rounds": 3}
-    ]
-    assert table["inputs"] == "data"
-    assert "speedup 2.0" in desk.run(*words).out
-    assert json.loads(desk.run(*words[:3], "--json").out)["inputs"] == "stand-in"
-
-
-def test_targets(desk: Desk) -> None:
-    table = json.loads(desk.run("targets", "--json").out)
-    assert [row["name"] for row in table["targets"]] == [
-        "ort-cpu-arm64", "ort-cpu-x64-avx2", "ort-cpu-x64-vnni",
-    ]  # fmt: skip
-    assert sum(row["this_machine"] for row in table["targets"]) <= 1
-    assert "ort-cpu-x64-vnni" in desk.run("targets").out
-
-
-def test_a_command_is_a_command_even_beside_a_file_of_its_name(desk: Desk) -> None:
-    save(conv_net(), desk / "targets")
-    assert "targets" in json.loads(desk.run("targets", "--json").out)
-    assert desk.run("./targets", "--data", "d.npz", "--json").new == ["work/targets.int8.onnx"]

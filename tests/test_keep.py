@@ -99,7 +99,7 @@ def test_original_names_stay_valid(model: ir.Model) -> None:
     kept = match_patterns(model, ["/block/act/Relu"], original)
     assert kept.why == {}
     assert kept.notes == (
-        "The pattern '/block/act/Relu' of --keep-float names Relu /block/act/Relu, folded into other "
+        "The pattern '/block/act/Relu' of --keep-float names Relu '/block/act/Relu', folded into other "
         "nodes or away, so there is nothing left to keep float.",
     )
     assert match_patterns(model, ["/block/act"], original).notes == ()  # one of two is there

@@ -48,7 +48,7 @@ def test_cost() -> None:
 
 
 def _machine(monkeypatch: pytest.MonkeyPatch, name: str, flags: set[str]) -> None:
-    monkeypatch.setattr(schema.platform, "machine", lambda: name)
+    monkeypatch.setattr("platform.machine", lambda: name)
     monkeypatch.setattr(schema, "cpu_flags", lambda: frozenset(flags))
 
 
@@ -122,9 +122,9 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="cannot be read: Is a directory"):
         load_target(str(tmp_path / "t.toml"))
     with pytest.raises(
-        RecipeError, match=r"no target 'ort-cpu-x64'\. Did you mean 'ort-cpu-x64-\w+'\?"
+        RecipeError, match=r"no target 'ort-cpu-avx2'\. Did you mean 'ort-cpu-x64-avx2'\?"
     ):
-        load_target("ort-cpu-x64")
+        load_target("ort-cpu-avx2")
     with pytest.raises(RecipeError, match=r"no target '.*none\.toml'"):
         load_target(str(tmp_path / "none.toml"))
 

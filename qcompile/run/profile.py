@@ -31,7 +31,7 @@ def base_name(name: str) -> str:
     return _SUFFIX.sub("", name)
 
 
-def profile(model: ir.Model | Path, feed: Feed, *, threads: int, runs: int = 12) -> Profile:
+def profile(model: ir.Model | Path, feed: Feed, *, threads: int, runs: int = 8) -> Profile:
     """Runs the model with ORT's profiler on; the first runs are not counted.
 
     Raises:

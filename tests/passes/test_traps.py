@@ -46,6 +46,11 @@ CELLS = {
         SQUARE, SQUARE, "float[2,2,1,1] w = {1, 2, 3, 4}",
         "p = GlobalAveragePool(x) c = Conv(p, w) g = Sigmoid(c) m = Mul(x, g) t = Add(x, m)", "m", SQUARE, "w",
     ),
+    "fold_shuffle": Cell(
+        "1,4,2,2", SQUARE, "int64[3] s = {2, 2, 4}, int64[5] r = {2, 1, 2, 2, 2}, int64 i = {1}, float w = {2}",
+        "m = Reshape(x, s) p = Transpose<perm = [1, 0, 2]>(m) q = Reshape(p, r) n = Gather(q, i) t = Mul(n, w)",
+        "m", "2,2,4", "w",
+    ),
     "pool_to_conv": Cell(
         SQUARE, SQUARE, "float[2,2,1,1] w = {1, 2, 3, 4}",
         "m = Conv(x, w) t = AveragePool<kernel_shape = [1, 1]>(m)", "m", SQUARE, "w",
@@ -87,10 +92,10 @@ def test_the_cells_are_what_the_passes_rewrite(step: Pass) -> None:
 @pytest.mark.parametrize("taken", [True, False])
 def test_subgraph_bodies(step: Pass, taken: bool) -> None:
     cell = CELLS[step.name]
-    text = f"""g (float[{cell.shape}] x, bool cond) => (float[{cell.out}] y, float[{cell.out}] z) <{cell.constants}> {{
+    text = f"""g (float[{cell.shape}] x, bool cond) => (float[{cell.out}] y, float[{cell.shape}] z) <{cell.constants}> {{
         y = If(cond) <then_branch = a () => (float[{cell.out}] yes) {{ {cell.nodes} yes = Neg(t) }},
                    else_branch = b () => (float[{cell.out}] no) {{ no = Sigmoid(x) }}>
-        z = Exp(y) }}"""
+        z = Exp(x) }}"""
     assert check(step, text, cond=np.array(taken))
 
 
@@ -117,7 +122,7 @@ def test_a_body_reads_the_constant(step: Pass) -> None:
 def test_a_shared_initializer(step: Pass) -> None:
     cell = CELLS[step.name]
     text = f"""g (float[{cell.shape}] x) => (float[{cell.out}] y, float z) <{cell.constants}> {{
-        {cell.nodes} y = Neg(t) s = Exp({cell.shared}) z = ReduceSum<keepdims = 0>(s) }}"""
+        {cell.nodes} y = Neg(t) each = Exp({cell.shared}) z = ReduceSum<keepdims = 0>(each) }}"""
     if step.name == "fold_constants":  # here the sum is a constant as well
         text = text.replace("Exp(w)", "MatMul(x, w)")
     assert check(step, text)

@@ -15,7 +15,16 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.graph.edit import Names, add_initializer, add_node, array, attribute, is_op, nodes, replace
+from qcompile.graph.edit import (
+    Names,
+    add_initializer,
+    add_node,
+    array,
+    attribute,
+    is_op,
+    nodes,
+    replace,
+)
 from qcompile.run.probe import inferred
 from qcompile.step import Outcome, Pass
 
@@ -73,12 +82,23 @@ def _groups(
         return None
     batch, channels, height, width = (int(d) for d in shape)  # type: ignore[arg-type]
     split, merged, index = (array(node.inputs[1]) for node in (first, second, gather))
-    if batch != 1 or split is None or merged is None or index is None or index.size != 1 or index.ndim:
+    if (
+        batch != 1
+        or split is None
+        or merged is None
+        or index is None
+        or index.size != 1
+        or index.ndim
+    ):
         return None
     if list(attribute(transpose, "perm", [])) != [1, 0, 2] or split.size != 3:
         return None
     groups = int(split[1])
-    if groups < 2 or channels % groups or [int(v) for v in split] != [channels // groups, groups, height * width]:
+    if (
+        groups < 2
+        or channels % groups
+        or [int(v) for v in split] != [channels // groups, groups, height * width]
+    ):
         return None
     wanted = [groups, 1, channels // groups, height, width]
     given = [int(v) for v in merged]
@@ -91,8 +111,18 @@ def _rewrite(names: Names, gather: ir.Node, x: ir.Value, groups: tuple[int, int,
     channels, count, taken = groups
     graph, y = gather.graph, gather.outputs[0]
     assert isinstance(graph, ir.Graph)
-    bounds = [add_initializer(graph, names, f"{y.name}_slice", np.asarray([v], np.int64)) for v in (taken, channels, 1, count)]
-    select = add_node(names, "Slice", [x, *bounds], before=gather, name=f"{gather.name}_channels", output=f"{y.name}_selected")
+    bounds = [
+        add_initializer(graph, names, f"{y.name}_slice", np.asarray([v], np.int64))
+        for v in (taken, channels, 1, count)
+    ]
+    select = add_node(
+        names,
+        "Slice",
+        [x, *bounds],
+        before=gather,
+        name=f"{gather.name}_channels",
+        output=f"{y.name}_selected",
+    )
     select.outputs[0].type = y.type
     replace(y, select.outputs[0])
     graph.remove(gather, safe=True)

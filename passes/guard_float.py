@@ -32,10 +32,19 @@ class GuardFloat(Pass):
         outcome, names = Outcome(), Names(model)
         for node in list(model.graph):
             source = node.inputs[0] if node.inputs else None
-            if not is_op(node, "QuantizeLinear") or source is None or not is_op(source.producer(), *_SLOW):
+            if (
+                not is_op(node, "QuantizeLinear")
+                or source is None
+                or not is_op(source.producer(), *_SLOW)
+            ):
                 continue
             guard = add_node(
-                names, "Max", [source], before=node, name=f"{node.name}_guard", output=f"{source.name}_guarded"
+                names,
+                "Max",
+                [source],
+                before=node,
+                name=f"{node.name}_guard",
+                output=f"{source.name}_guarded",
             )
             guard.outputs[0].type, guard.outputs[0].shape = source.type, source.shape
             node.replace_input_with(0, guard.outputs[0])

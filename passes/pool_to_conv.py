@@ -16,7 +16,17 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.graph.edit import (
-    Names, add_initializer, add_node, array, attribute, is_op, nodes, replace, scalar, sole_user,
+    Names,
+    add_initializer,
+    add_node,
+    array,
+    attribute,
+    dtype,
+    is_op,
+    nodes,
+    replace,
+    scalar,
+    sole_user,
 )  # fmt: skip
 from qcompile.step import Outcome, Pass
 
@@ -51,32 +61,33 @@ def _refusal(node: ir.Node) -> str | None:
         return "auto_pad or ceil_mode"
     if any(attribute(node, "pads", [])) and not attribute(node, "count_include_pad", 0):
         return "its borders average fewer values"
-    if x is None or x.dtype not in (ir.DataType.FLOAT, None) or _channels(x) is None:
+    if x is None or dtype(x) != ir.DataType.FLOAT:
+        return "its type is not known to be float32"
+    if _channels(x) is None:
         return "its channels are not known"
     if len(attribute(node, "kernel_shape", [])) != 2:
         return "not 2-D"
     return None
 
 
-def _channels(value: ir.Value) -> int | None:
+def _channels(value: ir.Value, depth: int = 12) -> int | None:
     """The size of axis 1: declared, or the output channels of the Conv that made the value."""
-    node: ir.Node | None
-    current: ir.Value | None = value
-    for _ in range(12):
-        if current is None:
-            return None
-        if current.shape is not None and len(current.shape) == 4 and isinstance(current.shape[1], int):
-            return current.shape[1]
-        node = current.producer()
-        if is_op(node, "Conv"):
-            weight = array(node.inputs[1]) if node is not None else None
-            return None if weight is None else int(weight.shape[0])
-        if not is_op(node, "Relu", "Clip", "HardSigmoid", "Sigmoid", "Mul", "Add", "Pad", "MaxPool", "LeakyRelu", "Resize"):
-            return None
-        assert node is not None
-        inputs = [v for v in node.inputs if v is not None and array(v) is None]
-        current = inputs[0] if inputs else None
-    return None
+    if value.shape is not None and len(value.shape) == 4 and isinstance(value.shape[1], int):
+        return value.shape[1]
+    node = value.producer()
+    if node is None or depth == 0:
+        return None
+    if is_op(node, "Conv"):
+        weight = array(node.inputs[1])
+        return None if weight is None else int(weight.shape[0])
+    if is_op(node, "Mul", "Add"):  # operands may broadcast: the larger count is that of the result
+        counts = [
+            _channels(v, depth - 1) for v in node.inputs if v is not None and scalar(v) is None
+        ]
+        return None if None in counts or not counts else max(c for c in counts if c is not None)
+    kept = ("Relu", "Clip", "HardSigmoid", "Sigmoid", "Pad", "MaxPool", "LeakyRelu", "Resize")
+    source = node.inputs[0] if is_op(node, *kept) else None
+    return None if source is None else _channels(source, depth - 1)
 
 
 def _convert(names: Names, node: ir.Node) -> None:
@@ -104,22 +115,37 @@ def _fold_pad(pad: ir.Node) -> bool:
     """Whether zero padding of the two last axes went into the Conv that alone reads it."""
     x, y = pad.inputs[0], pad.outputs[0]
     conv = sole_user(y)
-    if x is None or conv is None or not is_op(conv, "Conv") or conv.inputs[0] is not y or conv.graph is not pad.graph:
+    if (
+        x is None
+        or conv is None
+        or not is_op(conv, "Conv")
+        or conv.inputs[0] is not y
+        or conv.graph is not pad.graph
+    ):
         return False
     given = array(pad.inputs[1]) if len(pad.inputs) > 1 else np.asarray(attribute(pad, "pads", ()))
     amounts = None if given is None else [int(v) for v in given]
     value = pad.inputs[2] if len(pad.inputs) > 2 else None
-    if attribute(pad, "mode", "constant") != "constant" or (value is not None and scalar(value) != 0.0):
+    if attribute(pad, "mode", "constant") != "constant" or (
+        value is not None and scalar(value) != 0.0
+    ):
         return False
     if len(pad.inputs) > 3 and pad.inputs[3] is not None:
         return False
-    if amounts is None or len(amounts) != 8 or min(amounts) < 0 or any(amounts[i] for i in (0, 1, 4, 5)):
+    if (
+        amounts is None
+        or len(amounts) != 8
+        or min(amounts) < 0
+        or any(amounts[i] for i in (0, 1, 4, 5))
+    ):
         return False
     if attribute(conv, "auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         return False
     old = list(attribute(conv, "pads", [0, 0, 0, 0]))
     extra = [amounts[2], amounts[3], amounts[6], amounts[7]]
-    conv.attributes["pads"] = ir.AttrInt64s("pads", [a + b for a, b in zip(old, extra, strict=True)])
+    conv.attributes["pads"] = ir.AttrInt64s(
+        "pads", [a + b for a, b in zip(old, extra, strict=True)]
+    )
     conv.attributes.pop("auto_pad", None)
     conv.replace_input_with(0, x)
     assert pad.graph is not None

@@ -51,7 +51,7 @@ def plan_model(
     if output is not None:
         _check_output(output, Path(model))
     opened = open_model(model, data, recipe, None, progress)
-    request = dataclasses.replace(opened.request(fixed), calibrated=recipe.static)
+    request = dataclasses.replace(opened.request(fixed), calibrated=True)
     plan = make_plan(opened.prepared, opened.target, opened.facts, request)
     if output is not None:
         with io.atomic(output) as path:

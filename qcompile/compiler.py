@@ -45,6 +45,7 @@ class Opened:
     feed: Feed
     facts: Mapping[str, Fact]
     notes: list[str]
+    data: str = ""  # how the samples were named on the command line
 
     def request(self, forms: Plan | None = None) -> Request:
         """What the recipe and an edited plan ask for.
@@ -60,7 +61,7 @@ class Opened:
             why |= {n.name or "": no_lstm for n in nodes(self.prepared) if n.op_type == "LSTM"}
         fixed = {} if forms is None else fixed_forms(forms, self.prepared)
         return Request(
-            calibrated=self.samples is not None and self.recipe.static,
+            calibrated=self.samples is not None, static=self.recipe.static,
             keep_float=why, forms=fixed, dynamic=self.recipe.dynamic,
         )  # fmt: skip
 
@@ -96,7 +97,10 @@ def open_model(
     if not aim.fits_here():
         notes.append(f"{aim.name} is not this machine: the times are those of this one.")
     path = Path(model) if isinstance(model, str | Path) else None
-    return Opened(path, original, session, prepared, aim, chosen, samples, feed, facts, notes)
+    named = str(data) if isinstance(data, str | Path) else ""
+    return Opened(
+        path, original, session, prepared, aim, chosen, samples, feed, facts, notes, named
+    )
 
 
 def compile_model(

@@ -18,7 +18,9 @@ from qcompile.workshop import Attempt, Workshop
 _BORDER_OPS = ("QuantizeLinear", "DequantizeLinear", "Transpose")
 
 
-def measured_request(shop: Workshop, request: Request, attempt: Attempt, feed: Feed, floats: Profile) -> Request:
+def measured_request(
+    shop: Workshop, request: Request, attempt: Attempt, feed: Feed, floats: Profile
+) -> Request:
     """The request with measured costs for every node whose time was seen in both forms."""
     seen = profile(attempt.model, feed, threads=shop.recipe.threads)
     measured = dict(request.measured)
@@ -29,7 +31,9 @@ def measured_request(shop: Workshop, request: Request, attempt: Attempt, feed: F
         as_float = _float_time(item, floats)
         if as_int is not None and as_float is not None:
             measured[entry.node] = (as_float, as_int)
-    return dataclasses.replace(request, measured=measured, border=_border_factor(shop, attempt, seen))
+    return dataclasses.replace(
+        request, measured=measured, border=_border_factor(shop, attempt, seen)
+    )
 
 
 def _float_time(item: Candidate, floats: Profile) -> float | None:
@@ -55,7 +59,8 @@ def _border_factor(shop: Workshop, attempt: Attempt, seen: Profile) -> float:
             expected += to_codes
         readers = {use.node.name for use in value.uses()}
         if value.is_graph_output() or any(
-            (entry := attempt.plan.get(name)) is None or entry.form is Form.FLOAT for name in readers
+            (entry := attempt.plan.get(name)) is None or entry.form is Form.FLOAT
+            for name in readers
         ):
             expected += to_float if value in made else 0.0
     return min(max(took / expected, 0.5), 8.0) if expected > 0 else 1.0
@@ -65,4 +70,6 @@ def plan_again(shop: Workshop, request: Request, attempt: Attempt) -> Plan | Non
     """The plan for measured costs, if it is another one."""
     plan = shop.plan(request)
     forms = [entry.form for entry in plan.nodes]
-    return plan if forms != [entry.form for entry in attempt.plan.nodes] and plan.quantizes else None
+    return (
+        plan if forms != [entry.form for entry in attempt.plan.nodes] and plan.quantizes else None
+    )

@@ -251,9 +251,10 @@ def _next(opened: Opened, best: Attempt, code: int) -> str:
     name = shlex.quote(str(opened.path or "MODEL.onnx"))
     if opened.samples is None and _waiting(best):
         return f"qcompile {name} --data FOLDER_OF_SAMPLES"
+    data = f" --data {shlex.quote(opened.data)}" if opened.data else ""
     if code == INACCURATE:
-        return f"qcompile plan {name} --data DATA -o plan.json   # then set sensitive nodes to float: qcompile {name} --plan plan.json"
-    return f"qcompile {name} --report report/   # every node, its kernel and its reason"
+        return f"qcompile plan {name}{data} -o plan.json   # set sensitive nodes to float there, then: qcompile {name}{data} --plan plan.json"
+    return f"qcompile {name}{data} --report report/   # every node, its kernel and its reason"
 
 
 def _write_report(folder: Path, result: Result, best: Attempt) -> None:

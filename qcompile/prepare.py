@@ -31,7 +31,9 @@ PASSES: Sequence[Pass] = (
 )  # fmt: skip
 
 
-OPSET = 12  # 8-bit MaxPool; per-axis DequantizeLinear needs 13, which the portable form is raised to
+OPSET = (
+    12  # 8-bit MaxPool; per-axis DequantizeLinear needs 13, which the portable form is raised to
+)
 
 
 def prepare(model: ir.Model) -> tuple[ir.Model, dict[str, Outcome]]:

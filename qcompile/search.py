@@ -36,7 +36,9 @@ class History:
     notes: list[str] = dataclasses.field(default_factory=list)
 
 
-def find_best(shop: Workshop, request: Request, draft: Plan, opened: Opened) -> tuple[Attempt, History]:
+def find_best(
+    shop: Workshop, request: Request, draft: Plan, opened: Opened
+) -> tuple[Attempt, History]:
     """The best attempt: accurate enough first, then fast."""
     history = History()
     form: Format = "qdq" if shop.recipe.format == "qdq" else "fused"
@@ -98,7 +100,9 @@ def _tune(shop: Workshop, best: Attempt, found: tune.Sensitivity, history: Histo
     return attempt
 
 
-def _faster(shop: Workshop, request: Request, best: Attempt, opened: Opened, history: History) -> Attempt:
+def _faster(
+    shop: Workshop, request: Request, best: Attempt, opened: Opened, history: History
+) -> Attempt:
     """Plans again with measured costs while that pays, if the result gains less than the plan promised."""
     static = len(best.plan.of(Form.STATIC))
     if not static or best.speedup >= (_WORTH_IT if static <= LARGE else 1.0):
@@ -119,7 +123,9 @@ def _faster(shop: Workshop, request: Request, best: Attempt, opened: Opened, his
             logger.info("planned again: %.2fx", current.speedup)
             if current.speedup > best.speedup:
                 shop.judge(current, _QUICK)
-                history.notes.append(f"Planned again with measured costs: {best.speedup:.2f}x -> {current.speedup:.2f}x.")
+                history.notes.append(
+                    f"Planned again with measured costs: {best.speedup:.2f}x -> {current.speedup:.2f}x."
+                )
                 best = current
     return best
 
@@ -176,7 +182,9 @@ def _speed(attempt: Attempt, opened: Opened) -> float:
     return time_attempts({"it": attempt}, opened, 0.4)["it"]
 
 
-def time_attempts(racers: Mapping[str, Attempt], opened: Opened, seconds: float) -> dict[str, float]:
+def time_attempts(
+    racers: Mapping[str, Attempt], opened: Opened, seconds: float
+) -> dict[str, float]:
     """The least speed-up over float on the typical feeds, by racer."""
     sessions: dict[str, Session] = {"fp32": opened.session}
     sessions |= {name: attempt.session for name, attempt in racers.items()}

@@ -70,7 +70,9 @@ def _scores(model: ir.Model) -> list[str]:
     names = []
     for value in model.graph.outputs:
         node = value.producer()
-        source = node.inputs[0] if is_op(node, "Softmax", "Sigmoid", "LogSoftmax") and node else None
+        source = (
+            node.inputs[0] if is_op(node, "Softmax", "Sigmoid", "LogSoftmax") and node else None
+        )
         made = source is not None and source.producer() is not None and source.graph is model.graph
         names.append((source.name if made and source is not None else value.name) or "")
     return list(dict.fromkeys(names))
@@ -90,14 +92,17 @@ def tune_ranges(shop: Workshop, best: Attempt, found: Sensitivity) -> dict[str, 
         )
 
 
-def cheaper_noise(shop: Workshop, request: Request, best: Attempt, noise: Noise, goal_db: float) -> Iterator[Plan]:
+def cheaper_noise(
+    shop: Workshop, request: Request, best: Attempt, noise: Noise, goal_db: float
+) -> Iterator[Plan]:
     """Plans of falling noise, the first one predicted to reach the goal, each later one aiming lower.
 
     The price of noise is raised until the sum of the chosen sites' noise is low enough; for each price
     the plan is the optimum of speed plus price times noise.
     """
     roots = {
-        value.name or "": coded.root.name or "" for value, coded in shop.coding(best.plan).tensors.items()
+        value.name or "": coded.root.name or ""
+        for value, coded in shop.coding(best.plan).tensors.items()
     }
     predicted_all = sum(noise.sites.values()) + noise.weights
     # what the prediction misses (weights of float nodes, interaction) is taken from the full attempt
@@ -112,7 +117,9 @@ def cheaper_noise(shop: Workshop, request: Request, best: Attempt, noise: Noise,
             yield plan
 
 
-def _least_price(shop: Workshop, request: Request, noise: Noise, roots: dict[str, str], goal: float) -> Plan:
+def _least_price(
+    shop: Workshop, request: Request, noise: Noise, roots: dict[str, str], goal: float
+) -> Plan:
     low, high = 1e3, 1e12  # nanoseconds a unit of noise
     best: Plan | None = None
     for _ in range(_PRICES // 2):
@@ -133,5 +140,12 @@ def _noise_of(shop: Workshop, plan: Plan, noise: Noise, roots: dict[str, str]) -
     """Predicted noise of a plan: its coded roots, its dynamic nodes, and the weights' share of it."""
     touched = {roots.get(value.name or "", value.name or "") for value in shop.coding(plan).tensors}
     touched |= {entry.node for entry in plan.of(Form.DYNAMIC)}
-    share = len([e for e in plan.nodes if e.weight]) / max(1, sum(1 for n in shop.found.values() if not isinstance(n, str) and n.role in ("conv", "dynamic")))
+    share = len([e for e in plan.nodes if e.weight]) / max(
+        1,
+        sum(
+            1
+            for n in shop.found.values()
+            if not isinstance(n, str) and n.role in ("conv", "dynamic")
+        ),
+    )
     return sum(noise.sites.get(name, 0.0) for name in touched) + noise.weights * min(1.0, share)

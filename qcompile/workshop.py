@@ -171,7 +171,9 @@ class Workshop:
 
     def parameters(self, plan: Plan, ranging: Ranging) -> dict[str, QParams]:
         """Parameters of all coded tensors."""
-        single = {n: METHODS[m](self.stats[n]) for n, m in ranging.single.items() if n in self.stats}
+        single = {
+            n: METHODS[m](self.stats[n]) for n, m in ranging.single.items() if n in self.stats
+        }
         return solve_activations(plan, self.coding(plan), self.stats, ranging.method, single)
 
     def tuning_reference(self, outputs: Sequence[str], samples: int) -> Reference:
@@ -192,7 +194,9 @@ class Workshop:
         new = {name: p for name, p in params.items() if keys[name] not in self._shifts}
         if new:
             feeds = self.samples.few(_SHIFT_SAMPLES)
-            found = rounding_shift(self.prepared, new, feeds, self.facts, threads=self.recipe.threads)
+            found = rounding_shift(
+                self.prepared, new, feeds, self.facts, threads=self.recipe.threads
+            )
             self._shifts.update((keys[name], shift) for name, shift in found.items())
         return {name: self._shifts[key] for name, key in keys.items() if key in self._shifts}
 

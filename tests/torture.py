@@ -172,7 +172,12 @@ def _powers(y: Array, z: Array) -> Array:
     known = np.isfinite(y)
     assert np.isfinite(z[known]).all(), "values were lost"
     assert np.array_equal(y[~known], z[~known], equal_nan=True)
-    return np.array([np.square(y[known]).sum(), np.square(z - y, where=known, out=np.zeros_like(y))[known].sum()])
+    return np.array(
+        [
+            np.square(y[known]).sum(),
+            np.square(z - y, where=known, out=np.zeros_like(y))[known].sum(),
+        ]
+    )
 
 
 def _decibels(power: float, noise: float) -> float:

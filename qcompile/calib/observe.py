@@ -106,8 +106,9 @@ def groups_within(names: Iterable[str], facts: Mapping[str, Fact], memory: int) 
 def with_outputs(model: ir.Model, names: Iterable[str]) -> ir.Model:
     """A copy of the model whose outputs are these values of the main graph; weights are shared."""
     clone = model.clone()
-    by_name = {value.name: value for node in clone.graph for value in node.outputs}
-    by_name |= {value.name: value for value in clone.graph.inputs}
+    by_name = dict(clone.graph.initializers)
+    by_name |= {value.name or "": value for node in clone.graph for value in node.outputs}
+    by_name |= {value.name or "": value for value in clone.graph.inputs}
     clone.graph.outputs.clear()
     clone.graph.outputs.extend(by_name[name] for name in names)
     return clone

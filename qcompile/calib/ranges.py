@@ -53,7 +53,7 @@ def percentile(stats: TensorStats, tail: float = _TAIL) -> Range:
         return 0.0, 0.0
     share = np.cumsum(counts) / counts.sum()
     low = values[np.searchsorted(share, tail / 2)]
-    high = values[min(np.searchsorted(share, 1 - tail / 2), values.size - 1)]
+    high = values[min(int(np.searchsorted(share, 1 - tail / 2)), values.size - 1)]
     return max(float(low), stats.low), min(float(high), stats.high)
 
 
@@ -101,7 +101,7 @@ def kl(stats: TensorStats, levels: int = 256, bins: int = 4096) -> Range:
     if not values.size or top == 0:
         return stats.low, stats.high
     index = np.minimum((np.abs(values) / top * bins).astype(np.int64), bins - 1)
-    p = np.bincount(index, weights=counts, minlength=bins)
+    p = np.asarray(np.bincount(index, weights=counts, minlength=bins), np.float64)
     p[0] = p[1] if p.size > 1 else p[0]  # zeros are represented exactly, whatever the threshold
     half = levels if stats.low >= 0 or stats.high <= 0 else levels // 2
     ends = np.unique(np.linspace(half, bins, 128).astype(np.int64))

@@ -7,6 +7,7 @@ written. A file appears under its final name only when it is complete.
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import os
 import shutil
@@ -38,10 +39,10 @@ def load(source: str | Path | ir.Model | onnx.ModelProto) -> ir.Model:
         ModelError: `source` is missing, not an ONNX model, truncated, or lacks its external data.
     """
     if isinstance(source, ir.Model):
-        return _checked(source.clone(), "the model given")
+        return _checked(_unshared(source.clone()), "the model given")
     if isinstance(source, onnx.ModelProto):
         try:
-            return _checked(ir.from_proto(source), "the model given")
+            return _checked(_unshared(ir.from_proto(source)), "the model given")
         except _UNREADABLE as error:
             raise ModelError(f"the model given is not valid: {error}.") from error
     path = Path(source)
@@ -72,6 +73,29 @@ def _checked(model: ir.Model, where: str) -> ir.Model:
     if not model.opset_imports:
         raise ModelError(f"{where} names no opset: it is not a valid ONNX model.")
     return model
+
+
+def _unshared(model: ir.Model) -> ir.Model:
+    """The model with tensors of its own that share the caller's numbers: a new name is ours alone."""
+    bodies = [function.graph for function in model.functions.values()]
+    for graph in (*model.graphs(), *(g for body in bodies for g in (body, *body.subgraphs()))):
+        for value in graph.initializers.values():
+            if value.const_value is not None:
+                value.const_value = _unnamed(value.const_value)
+        for node in graph:
+            for key, attr in node.attributes.items():
+                if attr.type == ir.AttributeType.TENSOR and not attr.is_ref():
+                    node.attributes[key] = ir.AttrTensor(key, _unnamed(attr.as_tensor()))
+    return model
+
+
+def _unnamed(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    """Another tensor of the same numbers, which are not copied."""
+    if isinstance(tensor, ir.TensorProtoTensor):  # its name is that of the protobuf message
+        return ir.Tensor(
+            tensor.numpy(), tensor.dtype, shape=tensor.shape, name=tensor.name, doc_string=tensor.doc_string
+        )  # fmt: skip
+    return copy.copy(tensor)
 
 
 def _check_external(model: ir.Model, path: Path) -> None:

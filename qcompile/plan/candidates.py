@@ -104,7 +104,9 @@ def _conv(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
     variant = ""
     if group > 1:
         depthwise = group == weight.shape[0] and weight.shape[1] == 1
-        variant = "depthwise" if depthwise else "grouped" if weight.shape[1] >= 16 else "narrow_groups"
+        variant = (
+            "depthwise" if depthwise else "grouped" if weight.shape[1] >= 16 else "narrow_groups"
+        )
     elif weight.shape[1] <= 4:
         variant = "few_inputs"
     row = target.row("Conv", variant)
@@ -167,12 +169,12 @@ def _linear(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
     if fact is not None and fact.shape is not None and fact.elements * depth < row.min_macs:
         return f"too small to gain ({fact.elements * depth} multiply-accumulates)"
     bias_add = _bias_add(node, weight, facts)
-    return bias_add if isinstance(bias_add, str) else Candidate(node, "dynamic", row, (a,), bias_add)
+    return (
+        bias_add if isinstance(bias_add, str) else Candidate(node, "dynamic", row, (a,), bias_add)
+    )
 
 
-def _bias_add(
-    node: ir.Node, weight: npt.NDArray[Any], facts: Facts
-) -> tuple[ir.Node, ...] | str:
+def _bias_add(node: ir.Node, weight: npt.NDArray[Any], facts: Facts) -> tuple[ir.Node, ...] | str:
     """The Add of a constant per output channel that alone reads a MatMul; a reason if it is in the way."""
     user = sole_user(node.outputs[0]) if is_op(node, "MatMul") else None
     if user is None or not is_op(user, "Add") or user.graph is not node.graph:
@@ -316,10 +318,8 @@ def _same(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
 def _gather(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
     table, indices = node.inputs[0], node.inputs[1]
     weight = array(table)
-    if (
-        table is None
-        or (not _is_float32(table, facts)
-        and (weight is None or weight.dtype != np.float32))
+    if table is None or (
+        not _is_float32(table, facts) and (weight is None or weight.dtype != np.float32)
     ):
         return _dtype_reason(table, facts)
     if weight is None:

@@ -34,6 +34,7 @@ class Request:
 
     Attributes:
         calibrated: there is data, so static forms are possible.
+        static: static forms are wanted.
         keep_float: node names -> why they must stay float.
         forms: forms that a person or a measurement fixed, by node name.
         dynamic: dynamic forms are allowed.
@@ -46,6 +47,7 @@ class Request:
     """
 
     calibrated: bool = True
+    static: bool = True
     keep_float: Mapping[str, str] = dataclasses.field(default_factory=dict)
     forms: Mapping[str, Form] = dataclasses.field(default_factory=dict)
     dynamic: bool = True
@@ -93,11 +95,14 @@ def make_plan(
     absorbed = {n.name or "": c for c in (*static.values(), *linear.values()) for n in c.absorbed}
     for name in absorbed:
         static.pop(name, None)
-    chosen = _cut(static, target, facts, request) if request.calibrated else set()
+    chosen = (
+        _cut(static, target, facts, request) if request.calibrated and request.static else set()
+    )
     chosen |= linear.keys()
+    ops = {node.name or "": node.op_type for graph in graphs(model) for node in graph}
     entries = []
     for name, item in found.items():
-        entries.append(_entry(name, item, chosen, static, absorbed, target, request, model))
+        entries.append(_entry(name, item, chosen, static, absorbed, target, request, ops))
     return Plan(target.name, target.activation, tuple(entries))
 
 
@@ -120,9 +125,10 @@ def _allowed(name: str, item: Candidate, request: Request) -> bool:
 
 def _entry(
     name: str, item: Candidate | str, chosen: AbstractSet[str], static: Mapping[str, Candidate],
-    absorbed: Mapping[str, Candidate], target: Target, request: Request, model: ir.Model,
+    absorbed: Mapping[str, Candidate], target: Target, request: Request,
+    ops: Mapping[str, str],
 ) -> NodePlan:  # fmt: skip
-    op = item.node.op_type if isinstance(item, Candidate) else _op_type(model, name)
+    op = ops.get(name, "")
     if name in request.keep_float:
         return NodePlan(name, op, Form.FLOAT, why=request.keep_float[name])
     if name in absorbed and (absorbed[name].node.name or "") in chosen:
@@ -151,22 +157,22 @@ def _entry(
             return NodePlan(name, op, Form.FREE, why="only changes scale and zero point")
         weight = target.weight if item.role == "conv" else ""
         return NodePlan(name, op, Form.STATIC, weight, "integer kernel")
+    if not request.static:
+        return NodePlan(name, op, Form.FLOAT, why="static quantization is off")
     if not request.calibrated:
         return NodePlan(name, op, Form.FLOAT, why="needs calibration data: give --data")
     if name in static:
-        why = "left float for accuracy or speed" if request.price or request.measured else "an integer kernel would not pay for its borders"
+        why = (
+            "left float for accuracy or speed"
+            if request.price or request.measured
+            else "an integer kernel would not pay for its borders"
+        )
         return NodePlan(name, op, Form.FLOAT, why=why)
     if name in absorbed:
-        return NodePlan(name, op, Form.FLOAT, why=f"{absorbed[name].node.name} before it stays float")
+        return NodePlan(
+            name, op, Form.FLOAT, why=f"{absorbed[name].node.name} before it stays float"
+        )
     return NodePlan(name, op, Form.FLOAT, why="not asked for")
-
-
-def _op_type(model: ir.Model, name: str) -> str:
-    index = model.meta.get("qcompile.op_types")
-    if index is None:
-        index = {node.name: node.op_type for graph in graphs(model) for node in graph}
-        model.meta["qcompile.op_types"] = index
-    return str(index.get(name, ""))
 
 
 class _Network:

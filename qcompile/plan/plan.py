@@ -78,7 +78,7 @@ class Plan:
         if index is None:
             index = {entry.node: entry for entry in self.nodes}
             object.__setattr__(self, "_by_name", index)
-        return index  # type: ignore[no-any-return]
+        return index
 
     def of(self, *forms: Form) -> list[NodePlan]:
         """The entries with one of these forms, in graph order."""

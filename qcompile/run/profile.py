@@ -40,7 +40,9 @@ def profile(model: ir.Model | Path, feed: Feed, *, threads: int, runs: int = 8) 
     nodes: dict[str, float] = defaultdict(float)
     operators: dict[str, float] = defaultdict(float)
     with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
-        session = Session(model, Options("all", threads=threads, profile=str(Path(folder) / "profile")))
+        session = Session(
+            model, Options("all", threads=threads, profile=str(Path(folder) / "profile"))
+        )
         for _ in range(runs + _WARM_UP):
             session.run(feed)
         events = json.loads(session.end_profiling().read_text("utf-8"))

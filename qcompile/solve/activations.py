@@ -74,14 +74,14 @@ def _useful(root: ir.Value, coding: Coding, low: float, high: float) -> tuple[fl
 def _grid(low: float, high: float, members: list[Coded], scheme: Scheme) -> tuple[float, float]:
     """Scale and zero point of the root, such that every member's zero is a code as well."""
     offsets = [-m.offset / m.factor for m in members if m.offset != 0.0]
-    base = choose(np.float32(min([low, *offsets])), np.float32(max([high, *offsets])), scheme)
+    base = choose(float(min([low, *offsets])), float(max([high, *offsets])), scheme)
     scale, zero = float(base.scale), float(base.zero)
     for offset in offsets:
         steps = abs(offset) / scale
         if steps >= _FINE_OFFSET:  # a whole number of steps, at a slightly coarser scale
             coarser = choose(
-                np.float32(min([low, *offsets]) * (scale_up := steps / np.floor(steps))),
-                np.float32(max([high, *offsets]) * scale_up), scheme,
+                float(min([low, *offsets]) * (scale_up := steps / np.floor(steps))),
+                float(max([high, *offsets]) * scale_up), scheme,
             )  # fmt: skip
             scale, zero = abs(offset) / np.floor(steps), float(coarser.zero)
             break
@@ -102,4 +102,4 @@ def constant_params(value: ir.Value, scheme: Scheme) -> QParams:
     """Parameters of a constant operand: its own range."""
     values = array(value)
     assert values is not None
-    return choose(np.float32(values.min()), np.float32(values.max()), scheme)
+    return choose(float(values.min()), float(values.max()), scheme)

@@ -101,7 +101,9 @@ class _Builder:
         uses, was_output = list(value.uses()), value.is_graph_output()
         _, scale, zero = picked = self._pick(len(self.sites))
         q = self._add("QuantizeLinear", [value, scale, zero])
-        result = self._add("Where", [picked[0], self._add("DequantizeLinear", [q, scale, zero]), value])
+        result = self._add(
+            "Where", [picked[0], self._add("DequantizeLinear", [q, scale, zero]), value]
+        )
         result.type, result.shape = value.type, value.shape
         for use in uses:
             use.node.replace_input_with(use.idx, result)
@@ -117,7 +119,9 @@ class _Builder:
         x = node.inputs[0]
         assert x is not None
         flag = self._pick(len(self.sites))[0]
-        dynamic = ir.node("DynamicQuantizeLinear", [x], num_outputs=3, name=self.names.fresh("qc_dynamic"))
+        dynamic = ir.node(
+            "DynamicQuantizeLinear", [x], num_outputs=3, name=self.names.fresh("qc_dynamic")
+        )
         for value in dynamic.outputs:
             value.name = self.names.fresh("qc_dynamic")
         self.graph.append(dynamic)
@@ -132,7 +136,9 @@ class _Builder:
 
     def _add(self, op_type: str, inputs: Sequence[ir.Value]) -> ir.Value:
         name = f"qc_{op_type}"
-        return add_node(self.names, op_type, inputs, graph=self.graph, name=name, output=name).outputs[0]
+        return add_node(
+            self.names, op_type, inputs, graph=self.graph, name=name, output=name
+        ).outputs[0]
 
 
 class Meter:
@@ -146,8 +152,12 @@ class Meter:
         self.sites, self._reference, self._samples = list(sites), reference, samples
         self._session = Session(model, Options("all", threads=threads))
         any_zero = next((p.zero for p in params.values()), np.zeros((), np.uint8))
-        self._scales = np.array([1.0 if s.dynamic else float(params[s.name].scale) for s in sites], np.float32)
-        self._zeros = np.array([0 if s.dynamic else int(params[s.name].zero) for s in sites], any_zero.dtype)
+        self._scales = np.array(
+            [1.0 if s.dynamic else float(params[s.name].scale) for s in sites], np.float32
+        )
+        self._zeros = np.array(
+            [0 if s.dynamic else int(params[s.name].zero) for s in sites], any_zero.dtype
+        )
 
     def noise(self, on: Sequence[int], trial: tuple[int, QParams] | None = None) -> float:
         """Noise with these sites quantized, one of them perhaps with other parameters."""
@@ -158,7 +168,9 @@ class Meter:
             scales, zeros = scales.copy(), zeros.copy()
             scales[trial[0]], zeros[trial[0]] = trial[1].scale, trial[1].zero
         extra = {_SWITCHES: flags, _SCALES: scales, _ZEROS: zeros}
-        return self._reference.compare(_Extended(self._session, extra), self._samples).noise_to_signal
+        return self._reference.compare(
+            _Extended(self._session, extra), self._samples
+        ).noise_to_signal
 
     def adopt(self, site: int, params: QParams) -> None:
         """The site has these parameters from now on."""
@@ -210,7 +222,9 @@ def measure(
                 noise[i] = max(meter.noise([i]) - weights, 0.0)
                 tick()
             measured.append(i)
-    return Noise({meter.sites[i].name: value for i, value in noise.items()}, measured, weights, total)
+    return Noise(
+        {meter.sites[i].name: value for i, value in noise.items()}, measured, weights, total
+    )
 
 
 def improve_ranges(

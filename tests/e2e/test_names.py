@@ -23,7 +23,11 @@ def only_small_floats(limit: int) -> Case | object:
     """No float weight of more than `limit` numbers is in the file."""
 
     def check(result: Result, model: onnx.ModelProto) -> None:
-        large = {k: v.shape for k, v in initializers(model).items() if v.dtype == np.float32 and v.size > limit}
+        large = {
+            k: v.shape
+            for k, v in initializers(model).items()
+            if v.dtype == np.float32 and v.size > limit
+        }
         assert not large
 
     return check
@@ -77,7 +81,10 @@ def _() -> Case:
         "{ e = Gather(w, i) t = Transpose<perm = [1, 0]>(w) s = Add(e, x) y = MatMul(s, t) }",
         w=normal(64, 32, scale=8),
     )  # fmt: skip
-    return Case(model, lambda rng: {"i": rng.integers(0, 64, 6), "x": rng.normal(size=(6, 32)).astype(np.float32)})
+    return Case(
+        model,
+        lambda rng: {"i": rng.integers(0, 64, 6), "x": rng.normal(size=(6, 32)).astype(np.float32)},
+    )
 
 
 @case("N05 a table per channel, tied to the output product")
@@ -138,7 +145,9 @@ def _() -> Case:
 
 @case("N08 weights from Constant nodes")
 def _() -> Case:
-    model = from_text(f"{IMAGES} {{ c = Conv<{PAD}>(x, w, b) r = Relu(c) y = Conv<{PAD}>(r, w, b) }}")
+    model = from_text(
+        f"{IMAGES} {{ c = Conv<{PAD}>(x, w, b) r = Relu(c) y = Conv<{PAD}>(r, w, b) }}"
+    )
     for name, values in (("w", normal(4, 4, 3, 3)), ("b", offset(4))):
         node = helper.make_node("Constant", [], [name], value=numpy_helper.from_array(values))
         model.graph.node.insert(0, node)
@@ -202,7 +211,8 @@ def _() -> Case:
         assert initializers(model)["w"].dtype == np.float32
 
     model = from_text(
-        "g (float[N,16] x) => (float[N,16] y, float[16,16] w) { y = MatMul(x, w) }", w=normal(16, 16)
+        "g (float[N,16] x) => (float[N,16] y, float[16,16] w) { y = MatMul(x, w) }",
+        w=normal(16, 16),
     )
     return Case(model, floats(x=(5, 16)), check=check)
 

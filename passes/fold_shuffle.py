@@ -111,18 +111,13 @@ def _rewrite(names: Names, gather: ir.Node, x: ir.Value, groups: tuple[int, int,
     channels, count, taken = groups
     graph, y = gather.graph, gather.outputs[0]
     assert isinstance(graph, ir.Graph)
-    bounds = [
-        add_initializer(graph, names, f"{y.name}_slice", np.asarray([v], np.int64))
-        for v in (taken, channels, 1, count)
-    ]
-    select = add_node(
-        names,
-        "Slice",
-        [x, *bounds],
-        before=gather,
-        name=f"{gather.name}_channels",
-        output=f"{y.name}_selected",
+    indices = add_initializer(
+        graph, names, f"{y.name}_channels", np.arange(taken, channels, count, dtype=np.int64)
     )
+    select = add_node(
+        names, "Gather", [x, indices], before=gather, name=f"{gather.name}_channels", output=f"{y.name}_selected",
+        attributes={"axis": 1},
+    )  # fmt: skip
     select.outputs[0].type = y.type
     replace(y, select.outputs[0])
     graph.remove(gather, safe=True)

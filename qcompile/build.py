@@ -15,6 +15,7 @@ from passes.lower_dynamic import LowerDynamic
 from passes.lower_embedding import LowerEmbedding
 from passes.lower_integer import LowerInteger
 from passes.lower_recurrent import LowerRecurrent
+from passes.name_nodes import NameNodes
 from qcompile.graph import io
 from qcompile.graph.edit import drop_unread
 from qcompile.plan.make import find_candidates
@@ -63,6 +64,7 @@ def build(
     if form == "qdq" and model.opset_imports.get("", _QDQ_OPSET) < _QDQ_OPSET:
         model = io.convert_opset(model, _QDQ_OPSET)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        run_pass(NameNodes(), model)
     drop_unread(model)
     model.graph.sort()
     return model

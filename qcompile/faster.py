@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+
 from qcompile.plan.candidates import Candidate
-from qcompile.plan.make import Request, border_costs
+from qcompile.plan.make import Request, border_costs, node_costs
 from qcompile.plan.plan import Form, Plan
 from qcompile.run.profile import Profile, profile
 from qcompile.run.session import Feed
@@ -24,16 +26,33 @@ def measured_request(
     """The request with measured costs for every node whose time was seen in both forms."""
     seen = profile(attempt.model, feed, threads=shop.recipe.threads)
     measured = dict(request.measured)
+    ratios = []
     for entry in attempt.plan.of(Form.STATIC, Form.FREE):
         item = shop.found[entry.node]
         assert isinstance(item, Candidate)
         as_int = seen.nodes.get(entry.node)
         as_float = _float_time(item, floats)
+        expected = node_costs(item, shop.facts)[1]
+        if as_int is not None and expected > 0:
+            ratios.append(as_int / expected)
         if as_int is not None and as_float is not None:
             measured[entry.node] = (as_float, as_int)
+    _expect(shop, request, floats, measured, float(np.median(ratios)) if ratios else 1.0)
     return dataclasses.replace(
         request, measured=measured, border=_border_factor(shop, attempt, seen)
     )
+
+
+def _expect(
+    shop: Workshop, request: Request, floats: Profile, measured: dict[str, tuple[float, float]], ratio: float
+) -> None:  # fmt: skip
+    """Nodes that were not integer yet: their float time as measured, their integer cost at this machine's pace."""
+    for name, item in shop.found.items():
+        if name in measured or not isinstance(item, Candidate):
+            continue
+        as_float = _float_time(item, floats)
+        if as_float is not None and (request.only is None or name in request.only):
+            measured[name] = (as_float, ratio * node_costs(item, shop.facts)[1])
 
 
 def _float_time(item: Candidate, floats: Profile) -> float | None:

@@ -24,7 +24,10 @@ logger = logging.getLogger(__name__)
 _QUICK = 8  # held-out samples that choose between range methods
 _FINE_DB = 45.0  # no tuning above this
 _WORTH_IT = 1.15  # speed-up that leaving nodes float for accuracy must not go below
+_STILL = 0.93  # share of a speed-up below that which accuracy may still cost
+_LEAST = 1.03
 _WORTH_DB = 1.5  # short of the goal, nodes are left float only for this much
+_FAST = 1.4  # below, measured costs may find a better plan
 _ROUNDS = 3  # of planning again with measured costs
 
 
@@ -105,7 +108,7 @@ def _faster(
 ) -> Attempt:
     """Plans again with measured costs while that pays, if the result gains less than the plan promised."""
     static = len(best.plan.of(Form.STATIC))
-    if not static or best.speedup >= (_WORTH_IT if static <= LARGE else 1.0):
+    if not static or best.speedup >= (_FAST if static <= LARGE else 1.0):
         return best
     rounds = _ROUNDS if static <= LARGE else 1
     feed = _middle(opened)
@@ -144,7 +147,8 @@ def _more_accurate(
             attempt.speedup = _speed(attempt, opened)
             step(1, None)
             gained = attempt.db >= goal or attempt.db >= best.db + _WORTH_DB
-            if not gained or (attempt.speedup < _WORTH_IT and not demanded):
+            enough = min(_WORTH_IT, max(_STILL * best.speedup, _LEAST))
+            if not gained or (attempt.speedup < enough and not demanded):
                 continue
             best = attempt
             if best.db >= goal:

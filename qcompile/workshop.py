@@ -28,9 +28,10 @@ from qcompile.solve.activations import solve_activations
 from qcompile.solve.weights import InputMoments, solve_weights
 from qcompile.targets.schema import Target
 from qcompile.verify.compare import Comparison, Reference
-from qcompile.verify.slices import parts_of
+from qcompile.verify.slices import concat_behind, parts_of
 
 _SHIFT_SAMPLES = 16
+_DROWNED = 16.0  # ranges of parts of an output: 4 of the 8 bits of the smaller one are lost
 LARGE = 400  # static nodes: in larger graphs fewer things are tried, so that seconds stay seconds
 
 
@@ -135,8 +136,12 @@ class Workshop:
         return names
 
     def unusable(self) -> dict[str, str]:
-        """Nodes that read or make a tensor whose range is infinite, and why they cannot be static."""
-        infinite = {name for name, stats in self.stats.items() if not stats.finite}
+        """Nodes that read or make a tensor no scale can serve, and why they cannot be static."""
+        extreme = {
+            name: max(stats.low, stats.high, key=abs)
+            for name, stats in self.stats.items()
+            if not stats.bounded
+        }
         reasons = {}
         for name, item in self.found.items():
             if isinstance(item, Candidate) and item.role not in (
@@ -145,10 +150,22 @@ class Workshop:
                 "embedding",
             ):
                 for value in (*item.data, item.result):
-                    if value.name in infinite:
+                    if value.name in extreme:
                         reasons[name] = (
-                            f"tensor {value.name!r} reaches infinity in the calibration data"
+                            f"tensor {value.name!r} reaches {extreme[value.name]:g} in the calibration data"
                         )
+        return reasons | self._drowned()
+
+    def _drowned(self) -> dict[str, str]:
+        """Concats behind an output, of parts so different in range that one scale would lose some."""
+        reasons = {}
+        for output in self.prepared.graph.outputs:
+            node, _ = concat_behind(output, self.facts) or (None, ())
+            seen = [self.stats.get(v.name or "") for v in (node.inputs if node else ()) if v]
+            spans = [s.span for s in seen if s is not None and s.span > 0]
+            if node is not None and spans and max(spans) > _DROWNED * min(spans):
+                ratio = max(spans) / min(spans)
+                reasons[node.name or ""] = f"the ranges of its inputs differ {ratio:.0f}-fold"
         return reasons
 
     def solve(self, plan: Plan, ranging: Ranging) -> Solution:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from qcompile.recipe import Format
     from qcompile.report import Result
 
     Array = NDArray[Any]
@@ -103,20 +104,23 @@ def feeds(case: Case, count: int, seed: int) -> list[Feed]:
 
 
 def compile_case(
-    case: Case, folder: Path, *, goal: float = 0.0, static: bool = True
+    case: Case, folder: Path, *, form: Format = "auto", goal: float = 0.0
 ) -> tuple[Result, onnx.ModelProto]:
-    """What became of the case, and the model in the file that was written."""
+    """What became of the case, and the model in the file that was written.
+
+    Without a goal nothing is left float because it was measured to be harmful.
+    """
     path = folder / "result.onnx"
     before = case.model.SerializeToString()
-    recipe = Recipe(bench_seconds=0.01, threads=1, sqnr_goal=goal, static=static)
+    recipe = Recipe(bench_seconds=0.01, threads=1, sqnr_goal=goal, format=form)
     result = compile_model(case.model, feeds(case, SAMPLES, 0), output=path, recipe=recipe)
     assert case.model.SerializeToString() == before, "the input was changed"
     return result, onnx.load(path)
 
 
-def assert_right(case: Case, folder: Path, *, goal: float = 0.0) -> None:
+def assert_right(case: Case, folder: Path, form: Format) -> None:
     """The case compiles into a valid model that computes the same, and does run on integer kernels."""
-    result, model = compile_case(case, folder, goal=goal)
+    result, model = compile_case(case, folder, form=form)
     onnx.checker.check_model(model)
     low = {name: db for name, db in errors(case, model).items() if db < case.least}
     assert not low, (low, result.notes)

@@ -16,6 +16,8 @@ import numpy.typing as npt
 BINS = 1 << 16
 _SAMPLED = 1 << 16  # values of one sample's tensor that are counted: every k-th of larger ones
 
+_MASK = 1e8  # no activation is as large; masks are -1e9, -FLT_MAX or -inf
+
 
 @dataclasses.dataclass
 class TensorStats:
@@ -47,9 +49,14 @@ class TensorStats:
         return max(self.highs, default=0.0)
 
     @property
-    def finite(self) -> bool:
-        """Whether no infinity was seen."""
-        return bool(np.isfinite([self.low, self.high]).all())
+    def bounded(self) -> bool:
+        """Whether a scale can serve the values: no infinity was seen, nor the -1e9 of a mask."""
+        return max(abs(self.low), abs(self.high)) < _MASK
+
+    @property
+    def span(self) -> float:
+        """Width of the range that holds all values seen and 0, which always has a code."""
+        return max(self.high, 0.0) - min(self.low, 0.0)
 
     def mean(self) -> npt.NDArray[np.float64]:
         """Mean of each channel, float64 (channels,)."""

@@ -309,6 +309,10 @@ def _same(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
         return "returns indices, or is not 2-D"
     if is_op(node, "Resize") and attribute(node, "mode", "nearest") != "nearest":
         return f"no integer kernel for mode {attribute(node, 'mode', '')}"
+    known = facts.get(x.name or "")
+    shape = None if known is None else known.shape
+    if is_op(node, "MaxPool") and shape is not None and shape[1] % 16:
+        variant = "unblocked"
     row = target.row(node.op_type, variant)
     if row is None:
         return "no integer kernel"

@@ -43,6 +43,7 @@ class Request:
         roots: root of each coded tensor, by tensor name; needed where there is noise.
         measured: (float, integer) nanoseconds of nodes, in place of the target's costs.
         border: factor on the target's costs of borders.
+        gain: factor on the target's costs of float nodes.
         only: nodes that may be static: those of a plan that was calibrated; None: all.
     """
 
@@ -56,6 +57,7 @@ class Request:
     roots: Mapping[str, str] = dataclasses.field(default_factory=dict)
     measured: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     border: float = 1.0
+    gain: float = 1.0
     only: AbstractSet[str] | None = None
 
 
@@ -222,6 +224,7 @@ def _cut(
     readers: dict[ir.Value, list[str]] = {}
     for name, item in static.items():
         as_float, as_int = request.measured.get(name) or node_costs(item, facts)
+        as_float *= 1.0 if name in request.measured else request.gain
         if request.forms.get(name) in (Form.STATIC, Form.FREE):
             network.edge(0, vertex[name], None)
         network.edge(0, vertex[name], as_float)

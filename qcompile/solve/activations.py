@@ -17,6 +17,7 @@ from qcompile.quant.scheme import QParams, Scheme
 
 # Outputs whose range follows from the operator: nothing to calibrate (ORT's own choice for Sigmoid).
 _KNOWN = {"Sigmoid": 1 / 256, "HardSigmoid": 1 / 255}
+_ALIKE = 2.0
 _FINE_OFFSET = 6  # steps: an offset this large is made a whole number of steps by a coarser scale
 
 
@@ -35,7 +36,15 @@ def solve_activations(
     """
     scheme = Scheme.parse(plan.activation)
     params: dict[str, QParams] = {}
-    for root, members in coding.members().items():
+    groups = coding.members()
+    ranges = {
+        root.name or "": (overrides or {}).get(root.name or "")
+        or METHODS[method](stats[root.name or ""])
+        for root in groups
+        if _known_scale(root) is None
+    }
+    _agree(groups, coding, ranges)
+    for root, members in groups.items():
         name = root.name or ""
         known = _known_scale(root)
         if known is not None and all(member.offset == 0.0 for member in members):
@@ -43,11 +52,50 @@ def solve_activations(
         elif known is not None:  # a sum behind it wants codes outside of 0..1
             scale, zero = _grid(0.0, 1.0, members, scheme)
         else:
-            low, high = (overrides or {}).get(name) or METHODS[method](stats[name])
+            low, high = ranges[name]
             scale, zero = _grid(*_useful(root, coding, low, high), members, scheme)
         for member in members:
             params[member.value.name or ""] = _meaning(member, scale, zero, scheme)
     return params
+
+
+def _agree(
+    groups: Mapping[ir.Value, list[Coded]], coding: Coding, ranges: dict[str, tuple[float, float]]
+) -> None:
+    """Tensors that a Concat joins get one range where theirs are alike: it then copies, and need not rescale.
+
+    Alike is within a factor `_ALIKE` of the common range, for all tensors that are joined directly or through
+    other Concats; boxes and scores of a detector are not.
+    """
+    joined: dict[str, set[str]] = {}
+    by_name = {root.name or "": members for root, members in groups.items()}
+
+    def alike(names: set[str]) -> tuple[float, float] | None:
+        low = min(min(ranges[n][0], 0.0) for n in names)
+        high = max(max(ranges[n][1], 0.0) for n in names)
+        least = min(max(ranges[n][1], 0.0) - min(ranges[n][0], 0.0) for n in names)
+        return (low, high) if (high - low) <= _ALIKE * least else None
+
+    for root in groups:
+        node = root.producer()
+        if not is_op(node, "Concat") or node is None:
+            continue
+        parts = [coding.tensors.get(value) for value in node.inputs if value is not None]
+        names = {root.name or "", *(p.root.name or "" for p in parts if p is not None)}
+        plain = all(
+            m.factor == 1.0 and m.offset == 0.0 for n in names & by_name.keys() for m in by_name[n]
+        )
+        if None in parts or not plain or not names <= ranges.keys():
+            continue
+        family = set().union(*(joined.get(name, {name}) for name in names))
+        common = alike(family)
+        if common is not None:
+            joined.update(dict.fromkeys(family, family))
+    for family in joined.values():
+        common = alike(family)
+        assert common is not None
+        for name in family:
+            ranges[name] = common
 
 
 def _known_scale(root: ir.Value) -> float | None:

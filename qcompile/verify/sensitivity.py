@@ -151,12 +151,13 @@ class Meter:
         """Raises: ModelError if ORT refuses the switched model."""
         self.sites, self._reference, self._samples = list(sites), reference, samples
         self._session = Session(model, Options("all", threads=threads))
-        any_zero = next((p.zero for p in params.values()), np.zeros((), np.uint8))
+        (zeros,) = (value for value in model.graph.inputs if value.name == _ZEROS)
+        assert zeros.dtype is not None
         self._scales = np.array(
             [1.0 if s.dynamic else float(params[s.name].scale) for s in sites], np.float32
         )
         self._zeros = np.array(
-            [0 if s.dynamic else int(params[s.name].zero) for s in sites], any_zero.dtype
+            [0 if s.dynamic else int(params[s.name].zero) for s in sites], zeros.dtype.numpy()
         )
 
     def noise(self, on: Sequence[int], trial: tuple[int, QParams] | None = None) -> float:

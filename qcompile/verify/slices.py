@@ -1,50 +1,98 @@
 """Which parts of an output mean different things.
 
 A detector returns boxes, scores and classes in one tensor. An error that is small for the whole can be
-total for one of them, so each input of a Concat behind an output is measured on its own.
+total for one of them, so each input of a Concat behind an output is measured on its own. A Concat
+whose parts grow with the data, such as that of a cache with a new token, has no such parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-from qcompile.graph.edit import attribute, is_op
+from qcompile.graph.edit import array, attribute, is_op
 from qcompile.run.probe import Fact
 from qcompile.verify.metrics import Part
 
 _MAX_PARTS = 64
+_ELEMENTWISE = ("Identity", "Cast", "Sigmoid", "Mul", "Add", "Sub", "Div", "Clip", "Relu", "Tanh")
 
 
 def parts_of(output: ir.Value, facts: Mapping[str, Fact]) -> list[Part]:
-    """The whole output, then its slices along the Concat axis that made it, if one did."""
-    parts = [Part("all")]
-    axis_map: list[int] | None = None
-    node = output.producer()
-    while is_op(node, "Identity", "Transpose", "Cast", "Sigmoid", "Mul", "Add"):
-        assert node is not None
-        if is_op(node, "Transpose"):
-            perm = attribute(node, "perm", None)
-            if perm is None:
-                return parts
-            perm = list(perm)
-            axis_map = perm if axis_map is None else [perm[a] for a in axis_map]
-        source = node.inputs[0]
-        node = source.producer() if source is not None else None
-    if node is None or not is_op(node, "Concat") or len(node.inputs) < 2:
-        return parts
-    axis = attribute(node, "axis", 0)
-    start = 0
-    for value in node.inputs:
-        fact = facts.get(value.name or "") if value is not None else None
-        if value is None or fact is None or fact.shape is None:
-            return [parts[0]]
-        at = axis + len(fact.shape) if axis < 0 else axis
-        if at >= len(fact.shape):
-            return [parts[0]]
-        size = fact.shape[at]
-        place = at if axis_map is None else axis_map.index(at)
+    """The whole output, then its slices along the Concat axis that made it, if one did.
+
+    There are none where their sizes may vary from sample to sample: neither the output's dimension nor
+    those of all of the Concat's inputs are declared as numbers.
+    """
+    whole = Part("all")
+    found = concat_behind(output, facts)
+    if found is None:
+        return [whole]
+    node, axes = found
+    shape = _shape(node.outputs[0], facts)
+    assert shape is not None
+    axis = attribute(node, "axis", 0) % len(shape)
+    sizes = _sizes(node.inputs, axis, facts)
+    place = axes.index(axis)
+    fixed = _declared(output, place) is not None or all(
+        value is not None and (array(value) is not None or _declared(value, axis) is not None)
+        for value in node.inputs
+    )
+    if sizes is None or not fixed or not 1 < len(sizes) < _MAX_PARTS:
+        return [whole]
+    parts, start = [whole], 0
+    for value, size in zip(node.inputs, sizes, strict=True):
+        assert value is not None
         parts.append(Part(f"[{start}:{start + size}] {value.name}", place, start, start + size))
         start += size
-    return parts if len(parts) <= _MAX_PARTS else [parts[0]]
+    return parts
+
+
+def concat_behind(
+    output: ir.Value, facts: Mapping[str, Fact]
+) -> tuple[ir.Node, tuple[int, ...]] | None:
+    """The Concat whose values an output is, place by place, and the axes of its result in the output's order."""
+    value, shape = output, _shape(output, facts)
+    if not shape:
+        return None
+    axes = tuple(range(len(shape)))
+    node = value.producer()
+    while is_op(node, "Transpose", *_ELEMENTWISE):
+        assert node is not None
+        if is_op(node, "Transpose"):
+            perm = attribute(node, "perm", None) or range(len(axes))[::-1]
+            axes, source = tuple(perm[a] for a in axes), node.inputs[0]
+        else:  # an operand that is broadcast has other places
+            shape = _shape(value, facts)
+            same = [v for v in node.inputs if v is not None and _shape(v, facts) == shape]
+            source = next((v for v in same if array(v) is None), None)
+        if source is None or _shape(source, facts) is None:
+            return None
+        value, node = source, source.producer()
+    return (node, axes) if node is not None and is_op(node, "Concat") else None
+
+
+def _sizes(
+    values: Sequence[ir.Value | None], axis: int, facts: Mapping[str, Fact]
+) -> list[int] | None:
+    shapes = [None if value is None else _shape(value, facts) for value in values]
+    known = [shape[axis] for shape in shapes if shape is not None]
+    return known if len(known) == len(values) else None
+
+
+def _shape(value: ir.Value, facts: Mapping[str, Fact]) -> tuple[int, ...] | None:
+    """As for the first sample; that of a constant is its own."""
+    values, fact = array(value), facts.get(value.name or "")
+    if values is not None:
+        return values.shape
+    return None if fact is None else fact.shape
+
+
+def _declared(value: ir.Value, axis: int) -> int | None:
+    """A dimension that the model says is the same for all inputs."""
+    dims = value.shape
+    if dims is None or axis >= len(dims):
+        return None
+    size = dims[axis]
+    return size if isinstance(size, int) else None

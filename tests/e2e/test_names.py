@@ -11,6 +11,7 @@ from networks import from_text
 from onnx import TensorProto, helper, numpy_helper
 from torture import PAD, Case, Suite, assert_right, floats, initializers, normal, offset
 
+from qcompile.recipe import Format
 from qcompile.report import Result
 
 pytestmark = pytest.mark.usefixtures("clock", "eager_target")
@@ -256,6 +257,7 @@ def _() -> Case:
     return Case(model, IMAGE, integer=2)
 
 
+@pytest.mark.parametrize("form", ["fused", "qdq"])
 @pytest.mark.parametrize("name", case.makers)
-def test_names(name: str, tmp_path: Path) -> None:
-    assert_right(case.makers[name](), tmp_path)
+def test_names(name: str, form: Format, tmp_path: Path) -> None:
+    assert_right(case.makers[name](), tmp_path, form)

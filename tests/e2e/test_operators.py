@@ -10,6 +10,7 @@ import pytest
 from networks import from_text
 from torture import PAD, Case, Suite, assert_right, floats, normal, offset
 
+from qcompile.recipe import Format
 from qcompile.report import Result
 
 pytestmark = pytest.mark.usefixtures("clock", "eager_target")
@@ -196,6 +197,7 @@ def _() -> Case:
     return Case(model, IMAGE)
 
 
+@pytest.mark.parametrize("form", ["fused", "qdq"])
 @pytest.mark.parametrize("name", case.makers)
-def test_operators(name: str, tmp_path: Path) -> None:
-    assert_right(case.makers[name](), tmp_path)
+def test_operators(name: str, form: Format, tmp_path: Path) -> None:
+    assert_right(case.makers[name](), tmp_path, form)

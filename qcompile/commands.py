@@ -12,11 +12,11 @@ import onnx_ir as ir
 
 from qcompile.calib.data import open_data
 from qcompile.calib.split import Samples
-from qcompile.compiler import open_model
 from qcompile.errors import ModelError, OutputError, RecipeError
 from qcompile.graph import io
 from qcompile.graph.edit import graphs
 from qcompile.inputs import MADE_UP, input_specs, running, stand_in
+from qcompile.opened import open_model
 from qcompile.plan.make import make_plan
 from qcompile.plan.plan import Plan, load_plan
 from qcompile.progress import Progress

@@ -9,12 +9,13 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx_ir as ir
 
 from qcompile.errors import ModelError, OutputError
 from qcompile.graph import io
+from qcompile.opened import Opened
 from qcompile.plan.candidates import Candidate
 from qcompile.plan.plan import Form, NodePlan
 from qcompile.progress import Progress
@@ -26,9 +27,6 @@ from qcompile.verify.kernels import Kernels, optimized, verdicts
 from qcompile.verify.latency import race, typical_feeds
 from qcompile.version import __version__
 from qcompile.workshop import Attempt, Workshop
-
-if TYPE_CHECKING:
-    from qcompile.compiler import Opened
 
 _EXACT_SAMPLES = 4
 _QUANTIZABLE = (

@@ -5,20 +5,17 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from qcompile import faster, tune
 from qcompile.build import Format
 from qcompile.errors import ModelError
+from qcompile.opened import Opened
 from qcompile.plan.make import Request
 from qcompile.plan.plan import Form, Plan
 from qcompile.run.profile import profile
 from qcompile.run.session import Feed, Session
 from qcompile.verify.latency import race, typical_feeds
 from qcompile.workshop import LARGE, Attempt, Ranging, Workshop
-
-if TYPE_CHECKING:
-    from qcompile.compiler import Opened
 
 logger = logging.getLogger(__name__)
 _QUICK = 8  # held-out samples that choose between range methods

@@ -14,11 +14,11 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     "errors", "version", "progress", "table", "quant", "graph", "step", "targets", "run", "plan",
     "calib", "recipe", "algo", "solve", "passes", "prepare", "build", "verify", "report", "inputs",
-    "keep", "workshop", "faster", "tune", "search", "finish", "compiler", "commands", "show", "options",
+    "keep", "opened", "workshop", "faster", "tune", "search", "finish", "compiler", "commands", "show", "options",
     "cli", "__main__", "qcompile",
 )  # fmt: skip
 # What only annotations need may stand above, for these alone: (importer, imported).
-UPWARD = {("search", "compiler"), ("finish", "compiler")}
+UPWARD: set[tuple[str, str]] = set()
 # Packages with one door: only these files import them.
 DOORS = {
     "onnxruntime": ("qcompile/run/",),

@@ -2,12 +2,13 @@
 
 The histogram counts values by the upper 16 bits of their float32 representation: sign, exponent and
 7 bits of mantissa. Bins are thus known before any data is seen, they never have to grow, two
-histograms add up exactly, and each is at most 1/128 as wide as the values it holds.
+histograms add up exactly, and each is at most 1/128 as wide as the values it holds (those below 1e-36 apart).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -87,18 +88,21 @@ class TensorStats:
 def _sums(values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     # float32 pairwise sums along contiguous memory, float64 across them: fast, and exact enough
     flat = values.reshape(values.shape[0], values.shape[1], -1)  # (N, C, pixels)
-    sums: npt.NDArray[np.float64] = flat.sum(axis=2).sum(axis=0, dtype=np.float64)
+    pixels = flat.sum(axis=2, dtype=np.float32)
+    sums: npt.NDArray[np.float64] = pixels.sum(axis=0, dtype=np.float64)
     return sums
 
 
 def count_bins(values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """int64 (65536,): how many of `values` fall into each bin.
 
-    Of a large tensor every k-th value is counted, k odd so that no row or channel is left out; its
-    extremes are kept apart, exactly.
+    Of a large tensor every k-th value is counted; its extremes are kept apart, exactly. No dimension
+    has a factor in common with k, so that no row, column or channel is left out.
     """
     flat = values.reshape(-1)
-    step = -(-flat.size // _SAMPLED) | 1
+    step = max(1, -(-flat.size // _SAMPLED))
+    while flat.size and math.gcd(step, flat.size) > 1:
+        step += 1
     flat = np.ascontiguousarray(flat[::step], np.float32)
     return np.bincount(flat.view(np.uint32) >> np.uint32(16), minlength=BINS)
 
@@ -110,7 +114,8 @@ def bin_values(
     filled = np.flatnonzero(counts)
     upper = filled.astype(np.uint32) << np.uint32(16)
     lower_edge = upper.view(np.float32).astype(np.float64)
-    upper_edge = (upper | np.uint32(0xFFFF)).view(np.float32).astype(np.float64)
+    inside = np.where(np.isinf(lower_edge), np.uint32(0), np.uint32(0xFFFF))
+    upper_edge = (upper | inside).view(np.float32).astype(np.float64)
     centres = np.where(filled % (BINS // 2) == 0, 0.0, (lower_edge + upper_edge) / 2)
     order = np.argsort(centres, kind="stable")
     return centres[order], counts[filled][order].astype(np.float64)

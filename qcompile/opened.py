@@ -1,0 +1,127 @@
+"""A model and its data, opened: what every command starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from qcompile.calib.data import Data, open_data
+from qcompile.calib.split import Samples
+from qcompile.graph import io
+from qcompile.graph.edit import nodes
+from qcompile.inputs import MADE_UP, check_compilable, input_specs, running, stand_in
+from qcompile.keep import fixed_forms, match_patterns
+from qcompile.plan.make import Request
+from qcompile.plan.plan import Plan
+from qcompile.prepare import prepare
+from qcompile.progress import Progress, Silent
+from qcompile.recipe import Recipe, load_recipe
+from qcompile.run.probe import Fact, probe
+from qcompile.run.session import Feed, Options, Session
+from qcompile.targets.schema import Target, load_target
+from qcompile.verify.compare import Reference
+from qcompile.verify.slices import parts_of
+
+
+@dataclasses.dataclass
+class Opened:
+    """A model and its data, ready to be planned."""
+
+    path: Path | None
+    original: ir.Model
+    session: Session
+    prepared: ir.Model
+    target: Target
+    recipe: Recipe
+    samples: Samples | None
+    feed: Feed
+    facts: Mapping[str, Fact]
+    notes: list[str]
+    data: str = ""  # how the samples were named on the command line
+
+    def request(self, forms: Plan | None = None) -> Request:
+        """What the recipe and an edited plan ask for.
+
+        Raises:
+            RecipeError: a pattern matches nothing, or the plan names unknown nodes.
+        """
+        keep = match_patterns(self.prepared, self.recipe.keep_float, self.original)
+        self.notes.extend(keep.notes)
+        why = dict(keep.why)
+        if self.recipe.format == "qdq":
+            no_lstm = "ONNX has no integer LSTM: use --format fused or auto"
+            why |= {n.name or "": no_lstm for n in nodes(self.prepared) if n.op_type == "LSTM"}
+        fixed = {} if forms is None else fixed_forms(forms, self.prepared)
+        return Request(
+            calibrated=self.samples is not None, static=self.recipe.static,
+            keep_float=why, forms=fixed, dynamic=self.recipe.dynamic,
+        )  # fmt: skip
+
+    def reference(self) -> Reference:
+        """The float model on the held-out samples, or on the stand-in where there is no data."""
+        parts = {
+            value.name or "": parts_of(value, self.facts) for value in self.prepared.graph.outputs
+        }
+        samples = self.samples
+        if samples is None:
+            return Reference(self.session, lambda: iter([self.feed]), parts)
+        numbers = samples.held_out_numbers
+
+        def where(number: int) -> str:
+            return f"sample {numbers[number]} of the calibration data"
+
+        return Reference(self.session, samples.held_out, parts, where)
+
+
+def open_model(
+    model: str | Path | ir.Model | Any, data: str | Path | Iterable[Any] | None = None,
+    recipe: str | Path | Recipe | None = None, target: str | None = None,
+    progress: Progress | None = None,
+) -> Opened:  # fmt: skip
+    """Everything that needs no plan: the float session, the prepared graph, types and shapes.
+
+    Raises:
+        ModelError, DataError, RecipeError: as `compile_model`.
+    """
+    chosen = load_recipe(recipe)
+    aim = load_target(target or chosen.target)
+    show = progress or Silent()
+    with show.stage("loading"):
+        original = io.load(model)
+        check_compilable(original)
+        session = Session(_source(model, original), Options("all", threads=chosen.threads))
+        specs = input_specs(session, original)
+    notes: list[str] = []
+    samples = None
+    if data is not None:
+        source: Data = open_data(data, specs, chosen.data, normalizes=_normalizes(original))
+        samples, notes = Samples(source), list(source.notes)
+    with show.stage("preparing"):
+        prepared, _ = prepare(original.clone())
+        feed = stand_in(specs) if samples is None else samples.first()
+        with running(MADE_UP if samples is None else "the first sample of the calibration data"):
+            facts = probe(prepared, feed)
+    if not aim.fits_here():
+        notes.append(f"{aim.name} is not this machine: the times are those of this one.")
+    path = Path(model) if isinstance(model, str | Path) else None
+    named = str(data) if isinstance(data, str | Path) else ""
+    return Opened(
+        path, original, session, prepared, aim, chosen, samples, feed, facts, notes, named
+    )
+
+
+def _source(model: Any, original: ir.Model) -> ir.Model | Path:
+    return Path(model) if isinstance(model, str | Path) else original
+
+
+def _normalizes(model: ir.Model) -> bool:
+    """Whether the graph scales its input itself: its first operators are Sub, Div, Mul or BatchNormalization."""
+    first = [use.node for value in model.graph.inputs for use in value.uses()]
+    return bool(first) and all(
+        node.op_type in ("Sub", "Div", "Mul", "BatchNormalization", "Cast", "InstanceNormalization")
+        for node in first
+    )

@@ -141,7 +141,7 @@ def _outputs(deployed: Comparison, exact: Comparison) -> list[dict[str, Any]]:
 def _warnings(
     opened: Opened, shop: Workshop, best: Attempt, deployed: Comparison, kernels: Kernels
 ) -> list[str]:
-    found = deployed.problems()
+    found = [*deployed.problems(), *deployed.remarks()]
     if opened.samples is None:
         convs = len(_waiting(best))
         if convs:

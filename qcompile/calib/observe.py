@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from qcompile.calib.stats import TensorStats
 from qcompile.errors import DataError
+from qcompile.graph.edit import drop_unread
 from qcompile.run.probe import Fact
 from qcompile.run.session import Feed, Options, Session
 
@@ -104,11 +105,12 @@ def groups_within(names: Iterable[str], facts: Mapping[str, Fact], memory: int) 
 
 
 def with_outputs(model: ir.Model, names: Iterable[str]) -> ir.Model:
-    """A copy of the model whose outputs are these values of the main graph; weights are shared."""
+    """A copy of the model that computes these values of the main graph; weights are shared."""
     clone = model.clone()
     by_name = dict(clone.graph.initializers)
     by_name |= {value.name or "": value for node in clone.graph for value in node.outputs}
     by_name |= {value.name or "": value for value in clone.graph.inputs}
     clone.graph.outputs.clear()
     clone.graph.outputs.extend(by_name[name] for name in names)
+    drop_unread(clone)
     return clone

@@ -54,7 +54,7 @@ def percentile(stats: TensorStats, tail: float = _TAIL) -> Range:
     share = np.cumsum(counts) / counts.sum()
     low = values[np.searchsorted(share, tail / 2)]
     high = values[min(int(np.searchsorted(share, 1 - tail / 2)), values.size - 1)]
-    return max(float(low), stats.low), min(float(high), stats.high)
+    return _seen(stats, float(low)), _seen(stats, float(high))
 
 
 def mse(stats: TensorStats, levels: int = 256) -> Range:
@@ -107,7 +107,7 @@ def kl(stats: TensorStats, levels: int = 256, bins: int = 4096) -> Range:
     ends = np.unique(np.linspace(half, bins, 128).astype(np.int64))
     best = int(min(ends, key=lambda end: _divergence(p, int(end), half)))
     threshold = top * best / bins
-    return max(stats.low, -threshold), min(stats.high, threshold)
+    return _seen(stats, -threshold), _seen(stats, threshold)
 
 
 def _divergence(p: Array, end: int, levels: int) -> float:
@@ -126,6 +126,11 @@ def _divergence(p: Array, end: int, levels: int) -> float:
     reference, q = reference / total_p, q / total_q
     mask = reference > 0
     return float((reference[mask] * np.log(reference[mask] / np.maximum(q[mask], 1e-12))).sum())
+
+
+def _seen(stats: TensorStats, end: float) -> float:
+    """The nearest value between those seen: the centre of a bin may lie beyond them."""
+    return min(max(end, stats.low), stats.high)
 
 
 def _histogram(stats: TensorStats) -> tuple[Array, Array]:

@@ -2,7 +2,7 @@
 
 The histogram counts values by the upper 16 bits of their float32 representation: sign, exponent and
 7 bits of mantissa. Bins are thus known before any data is seen, they never have to grow, two
-histograms add up exactly, and each is at most 1/128 as wide as the values it holds (those below 1e-36 apart).
+histograms add up exactly, and each is at most 1/128 as wide as the values it holds, denormal ones apart.
 """
 
 from __future__ import annotations

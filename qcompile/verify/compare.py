@@ -51,10 +51,19 @@ class Comparison:
                     "" if error.part.axis is None else f", slice {error.part.name}"
                 )
                 if error.bad:
-                    found.append(f"{where}: {error.bad} values are not finite.")
+                    found.append(f"{where}: {error.bad} values are lost: not finite, or in no place.")
                 elif error.dead:
                     found.append(f"{where} is constant: all its information is lost.")
         return found
+
+    def remarks(self) -> list[str]:
+        """Sentences about outputs that could not be compared: as many rows as boxes were found."""
+        return [
+            f"output {name!r} has another shape than that of the float model for {errors[0].unlike} of "
+            f"{self.samples} samples and was not compared there: judge the result by your own metric."
+            for name, errors in self.outputs.items()
+            if errors[0].unlike
+        ]
 
 
 class Runner(Protocol):
@@ -120,10 +129,11 @@ class Reference:
                 if not isinstance(y, np.ndarray) or y.dtype.kind not in "fiub":
                     continue
                 for error in errors[name]:
-                    if y.shape != z.shape:
-                        error.bad += max(y.size, 1)
-                        error.count += 1
-                    else:
+                    if y.shape == z.shape:
                         error.add(y, z)
+                    elif y.ndim == z.ndim:
+                        error.unlike += 1
+                    else:
+                        error.bad, error.count = error.bad + max(y.size, 1), error.count + 1
             seen += 1
         return Comparison(errors, seen)

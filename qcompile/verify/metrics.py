@@ -36,6 +36,9 @@ class Error:
 
     SQNR is 10 log10(sum y^2 / sum (y~ - y)^2) in decibels, the cosine that of all values as one vector.
     `agreement` counts positions along the last axis whose largest entry is the same.
+
+    Indices and flags (booleans, integers of 32 bits and more) have no magnitude: `agreement` counts
+    those that are the same, the cosine is their share, and SQNR is 10 log10(1 / share that differs).
     """
 
     part: Part
@@ -50,6 +53,8 @@ class Error:
     total_result: float = 0.0
     count: int = 0
     bad: int = 0
+    unlike: int = 0
+    discrete: bool = False
 
     def add(self, reference: Array, result: Array) -> None:
         """One sample; shapes must agree. Non-finite results are counted in `bad`, and as lost."""
@@ -57,6 +62,7 @@ class Error:
         if y.size == 0:
             return
         if y.dtype.kind not in "fc":
+            self.discrete = y.dtype.kind == "b" or y.dtype.itemsize >= 4
             self.same += int((y == z).sum())
             self.decisions += y.size
             y, z = (a.astype(np.float64) if a.dtype.kind in "iub" else np.zeros(1) for a in (y, z))
@@ -80,6 +86,9 @@ class Error:
     @property
     def sqnr_db(self) -> float:
         """Signal to quantization noise ratio; infinite if there is no noise."""
+        if self.discrete:
+            differ = 1 - self.same / self.decisions
+            return -10 * math.log10(differ) if differ else math.inf
         if self.noise == 0.0:
             return math.inf
         return 10 * math.log10(max(self.power, 1e-300) / self.noise)
@@ -87,6 +96,8 @@ class Error:
     @property
     def cosine(self) -> float:
         """Cosine of the angle between reference and result."""
+        if self.discrete:
+            return self.same / self.decisions
         product = math.sqrt(self.power * self.power_result)
         return self.dot / product if product else float(self.power == self.power_result)
 
@@ -97,8 +108,11 @@ class Error:
 
     @property
     def dead(self) -> bool:
-        """Whether the reference varies but the result is constant: the slice carries nothing."""
-        if self.count < 2:
+        """Whether the reference varies but the result is constant: the slice carries nothing.
+
+        Of flags and indices it is not said: one that is rare may be absent by chance.
+        """
+        if self.count < 2 or self.discrete:
             return False
 
         def spread(power: float, total: float) -> float:

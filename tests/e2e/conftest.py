@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 from lowering import eager
 
-import qcompile.compiler
+import qcompile.opened
 from qcompile.targets.schema import Boundary, Cost, Target
 
 
@@ -20,4 +20,4 @@ def eager_target(monkeypatch: pytest.MonkeyPatch) -> None:
         rows = tuple(dataclasses.replace(row, int8=Cost()) for row in found.op)
         return dataclasses.replace(found, op=rows, boundary=Boundary(0, 0, 0, 0))
 
-    monkeypatch.setattr(qcompile.compiler, "load_target", free)
+    monkeypatch.setattr(qcompile.opened, "load_target", free)

@@ -105,6 +105,8 @@ class _Insertion:
             self.weigh(node)
         merged = self.merged(item)
         made = item.result if not merged else node.outputs[0]
+        if item.absorbed and not merged:  # two integer nodes of one range, not a float one
+            self.recode(node.outputs[0], self.step.params[item.result.name or ""])
         for value, old in zip(
             (made, *node.outputs[1:]), (item.result, *node.outputs[1:]), strict=True
         ):
@@ -116,6 +118,13 @@ class _Insertion:
         if merged:
             for dead in reversed(item.absorbed):
                 self.graph.remove(dead, safe=True)
+
+    def recode(self, value: ir.Value, params: QParams) -> None:
+        """The readers of `value` read it as these parameters say."""
+        readers = self.readers(value)
+        back = self.dequantize(self.quantize(value, params, value.name or ""), params, value)
+        for reader, i in readers:
+            reader.replace_input_with(i, back)
 
     def merged(self, item: Candidate) -> bool:
         """Whether saturation of the result does what the absorbed nodes did."""

@@ -45,7 +45,7 @@ class LowerInteger(Pass):
         outcome, names = Outcome(), Names(model)
         for node in list(model.graph):
             entry = self.plan.get(node.name)
-            if entry is None or entry.form is not Form.STATIC or node.domain:
+            if entry is None or entry.form not in (Form.STATIC, Form.ABSORBED) or node.domain:
                 continue
             reason = _Lowering(model.graph, names, node).run()
             if reason is None:

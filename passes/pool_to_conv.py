@@ -85,9 +85,24 @@ def _channels(value: ir.Value, depth: int = 12) -> int | None:
             _channels(v, depth - 1) for v in node.inputs if v is not None and scalar(v) is None
         ]
         return None if None in counts or not counts else max(c for c in counts if c is not None)
-    kept = ("Relu", "Clip", "HardSigmoid", "Sigmoid", "Pad", "MaxPool", "LeakyRelu", "Resize")
-    source = node.inputs[0] if is_op(node, *kept) else None
+    kept = ("Relu", "Clip", "HardSigmoid", "Sigmoid", "MaxPool", "LeakyRelu")
+    source = node.inputs[0] if is_op(node, *kept) or _keeps_channels(node) else None
     return None if source is None else _channels(source, depth - 1)
+
+
+def _keeps_channels(node: ir.Node) -> bool:
+    """Whether a Pad or Resize of an image works within channels."""
+    if is_op(node, "Pad"):
+        amounts = _amounts(node)
+        return amounts is not None and len(amounts) == 8 and amounts[1] == amounts[5] == 0
+    scales = array(node.inputs[2]) if is_op(node, "Resize") and len(node.inputs) > 2 else None
+    return scales is not None and scales.size == 4 and float(scales[1]) == 1.0
+
+
+def _amounts(pad: ir.Node) -> list[int] | None:
+    """How much is padded: before each axis, then behind each."""
+    given = array(pad.inputs[1]) if len(pad.inputs) > 1 else np.asarray(attribute(pad, "pads", ()))
+    return None if given is None else [int(v) for v in given]
 
 
 def _convert(names: Names, node: ir.Node) -> None:
@@ -123,11 +138,14 @@ def _fold_pad(pad: ir.Node) -> bool:
         or conv.graph is not pad.graph
     ):
         return False
-    given = array(pad.inputs[1]) if len(pad.inputs) > 1 else np.asarray(attribute(pad, "pads", ()))
-    amounts = None if given is None else [int(v) for v in given]
+    amounts = _amounts(pad)
     value = pad.inputs[2] if len(pad.inputs) > 2 else None
-    if attribute(pad, "mode", "constant") != "constant" or (
-        value is not None and scalar(value) != 0.0
+    if attribute(pad, "value", 0.0) != 0.0:  # opset 10
+        return False
+    if (
+        attribute(pad, "mode", "constant") != "constant"
+        or attribute(pad, "value", 0.0) != 0.0
+        or (value is not None and scalar(value) != 0.0)
     ):
         return False
     if len(pad.inputs) > 3 and pad.inputs[3] is not None:

@@ -60,7 +60,7 @@ def build(
     run_pass(InsertQdq(plan, found, tensors, solution.params, solution.weights), model)
     if form == "fused":
         run_pass(LowerInteger(plan), model)
-    run_pass(GuardFloat(), model)
+    run_pass(GuardFloat(plan), model)
     if form == "qdq" and model.opset_imports.get("", _QDQ_OPSET) < _QDQ_OPSET:
         model = io.convert_opset(model, _QDQ_OPSET)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)

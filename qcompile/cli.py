@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(words)
     except (PassError, BrokenPipeError):
         raise  # a defect of ours, whose traceback is wanted; a reader that has seen enough
+    except SystemExit as error:
+        if error.code in (0, 2) or not isinstance(error.code, int):
+            raise  # --help, or an option that argparse refuses
+        return _fail(2, f"a data function ended the program with exit code {error.code}.")
     except (QcompileError, OSError) as error:
         if os.environ.get("QCOMPILE_DEBUG"):
             raise
@@ -68,6 +73,7 @@ def _run(words: list[str]) -> int:
     parser = parser_of(command)
     try:
         args = parser.read(rest)
+        args.words = rest
     except RecipeError as error:
         if late is None or command != "compile":
             raise
@@ -103,14 +109,23 @@ def _progress(args: argparse.Namespace) -> Progress:
 
 def _run_compile(args: argparse.Namespace) -> Answer:
     from qcompile.compiler import compile_model  # noqa: PLC0415
+    from qcompile.graph.io import check_apart  # noqa: PLC0415
     from qcompile.plan.plan import load_plan  # noqa: PLC0415
     from qcompile.show import show_result  # noqa: PLC0415
 
+    if args.plan is not None and args.output is not None:
+        check_apart(args.output, {"the plan": args.plan})
     result = compile_model(
         args.model, args.data, output=args.output, recipe=recipe_of(args),
         plan=None if args.plan is None else load_plan(args.plan), report=args.report,
         progress=_progress(args),
     )  # fmt: skip
+    if result.exit_code in (0, 4) and args.data is not None:  # what was given stays given
+        if args.report is None:
+            command = f"qcompile {shlex.join([*args.words, '--report', 'report/'])}   # every node, its kernel and its reason"
+        else:
+            command = f"read {args.report / 'report.md'}: every node, its kernel and its reason"
+        result = dataclasses.replace(result, next_command=command)
     return Answer(result.exit_code, dataclasses.asdict(result), lambda: show_result(result))
 
 

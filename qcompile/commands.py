@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from qcompile.calib.data import open_data
 from qcompile.calib.split import Samples
-from qcompile.errors import ModelError, OutputError, RecipeError
+from qcompile.errors import ModelError, RecipeError
 from qcompile.graph import io
 from qcompile.graph.edit import graphs
 from qcompile.inputs import MADE_UP, input_specs, running, stand_in
@@ -49,7 +49,9 @@ def plan_model(
     """
     fixed = None if forms is None else load_plan(forms)
     if output is not None:
-        _check_output(output, Path(model))
+        data_file = None if data is None else Path(data)
+        io.check_apart(output, {"the model": Path(model), "the calibration data": data_file})
+        io.check_writable(output)
     opened = open_model(model, data, recipe, None, progress)
     request = dataclasses.replace(opened.request(fixed), calibrated=True)
     plan = make_plan(opened.prepared, opened.target, opened.facts, request)
@@ -57,12 +59,6 @@ def plan_model(
         with io.atomic(output) as path:
             path.write_text(plan.to_json(), "utf-8")
     return plan
-
-
-def _check_output(output: Path, model: Path) -> None:
-    if model.exists() and output.exists() and output.samefile(model):
-        raise OutputError(f"{output} is the model itself: choose another file with -o.")
-    io.check_writable(output)
 
 
 def list_targets() -> dict[str, Any]:

@@ -52,7 +52,10 @@ def compile_model(
     """
     start = time.perf_counter()
     show = progress or Silent()
-    place = finish.output_path(model, output)
+    read = {"the calibration data": data, "the recipe": recipe, "the target": target}
+    paths = {kind: Path(v) for kind, v in read.items() if isinstance(v, str | Path)}
+    tokenizer = recipe.data.tokenizer if isinstance(recipe, Recipe) else None
+    place = finish.output_path(model, output, {**paths, "the tokenizer": tokenizer})
     if report is not None:
         check_folder(Path(report))
     opened = open_model(model, data, recipe, target, show)

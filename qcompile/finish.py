@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import resource
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,18 @@ from qcompile.verify.latency import race, typical_feeds
 from qcompile.version import __version__
 from qcompile.workshop import Attempt, Workshop
 
+_TEXT = (
+    ".json",
+    ".txt",
+    ".pbtxt",
+    ".prototxt",
+    ".textproto",
+    ".onnxtxt",
+    ".onnxjson",
+    ".toml",
+    ".npz",
+    ".npy",
+)
 _EXACT_SAMPLES = 4
 _QUANTIZABLE = (
     "Conv",
@@ -43,12 +54,14 @@ _QUANTIZABLE = (
 )
 
 
-def output_path(model: Any, output: str | Path | None) -> Path | None:
+def output_path(
+    model: Any, output: str | Path | None, inputs: Mapping[str, Path | None] | None = None
+) -> Path | None:
     """Where the result goes.
 
     Raises:
         ModelError: there is no such model.
-        OutputError: it would be the input itself, or it cannot be written.
+        OutputError: it would be one of the inputs, it is named as text, or it cannot be written.
     """
     path = Path(model) if isinstance(model, str | Path) else None
     if path is not None and not path.is_file():
@@ -59,8 +72,11 @@ def output_path(model: Any, output: str | Path | None) -> Path | None:
         place = path.with_name(f"{path.stem}.int8.onnx")
     else:
         place = Path(output)
-    if path is not None and path.exists() and place.exists() and place.samefile(path):
-        raise OutputError(f"{place} is the input itself: choose another file with -o.")
+    io.check_apart(place, {"the input": path, **(inputs or {})})
+    if place.suffix in _TEXT:
+        raise OutputError(
+            f"{place} is named as text, and ONNX models are not: end its name in .onnx."
+        )
     io.check_writable(place)
     return place
 
@@ -108,7 +124,7 @@ def finish(
         samples={"calibration": opened.samples.calibration_count if opened.samples else 0,
                  "held_out": opened.samples.held_out_count if opened.samples else 0},
         warnings=warnings, notes=[*opened.notes, *history.notes], next_command=_next(opened, best, code),
-        exit_code=code, plan=[dataclasses.asdict(e) for e in best.plan.nodes],
+        exit_code=code, goal_missed=_goal_missed(shop, best, deployed), plan=[dataclasses.asdict(e) for e in best.plan.nodes],
     )  # fmt: skip
     if report is not None:
         _write_report(Path(report), result, best)
@@ -159,12 +175,22 @@ def _warnings(
         f"{v.node} ({v.op}) was planned as {v.form} but ORT runs {v.kernel}: {v.why}."
         for v in kernels.missed
     ]
-    goal = shop.recipe.sqnr_goal
-    if goal and deployed.worst_db < goal and shop.recipe.min_sqnr is None and best.plan.quantizes:
+    goal = _goal_missed(shop, best, deployed)
+    if goal is not None:
+        guessed = (
+            " First make sure that the guessed preprocessing is right." if opened.guessed else ""
+        )
         found.append(
-            f"The worst output slice has {deployed.worst_db:.1f} dB SQNR, below the goal of {goal:g} dB: judge the result by your own metric."
+            f"The worst output slice has {deployed.worst_db:.1f} dB SQNR, below the goal of {goal:g} dB: "
+            f"judge the result by your own metric.{guessed}"
         )
     return found
+
+
+def _goal_missed(shop: Workshop, best: Attempt, deployed: Comparison) -> float | None:
+    goal = shop.recipe.sqnr_goal
+    asked = goal > 0 and shop.recipe.min_sqnr is None and best.plan.quantizes
+    return goal if asked and deployed.worst_db < goal else None
 
 
 def _exit_code(
@@ -241,6 +267,10 @@ def _size(path: Path | None, model: ir.Model) -> int:
 
 
 def _peak_rss() -> float:
+    try:
+        import resource  # noqa: PLC0415 - Windows lacks it
+    except ImportError:
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
@@ -268,8 +298,3 @@ def _write_report(folder: Path, result: Result, best: Attempt) -> None:
         raise OutputError(
             f"the report could not be written to {folder}: {error.strerror}."
         ) from error
-
-
-def finite(value: float) -> float | None:
-    """The number, or None for an infinite one."""
-    return None if math.isinf(value) else value

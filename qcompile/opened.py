@@ -43,6 +43,11 @@ class Opened:
     notes: list[str]
     data: str = ""  # how the samples were named on the command line
 
+    @property
+    def guessed(self) -> bool:
+        """Whether the preprocessing of images was guessed."""
+        return any("guessed" in note for note in self.notes)
+
     def request(self, forms: Plan | None = None) -> Request:
         """What the recipe and an edited plan ask for.
 

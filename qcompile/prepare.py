@@ -49,7 +49,7 @@ def prepare(model: ir.Model) -> tuple[ir.Model, dict[str, Outcome]]:
         try:
             model = io.convert_opset(model, OPSET)
         except ModelError as error:
-            logger.warning("%s The integer kernels that need it are not used.", error)
+            logger.info("%s Nodes without an 8-bit form at that opset stay float.", error)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     drop_unread(model)
     outcomes = {step.name: run_pass(step, model) for step in PASSES}

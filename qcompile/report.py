@@ -33,6 +33,7 @@ class Result:
         warnings: sentences.
         notes: what was guessed, sentences.
         next_command: a command worth trying next.
+        goal_missed: the SQNR in decibels that was aimed for and not reached; None if it was.
         exit_code: 0 good, 3 an accuracy limit missed, 4 not faster or not fused as planned.
     """
 
@@ -54,6 +55,7 @@ class Result:
     notes: list[str]
     next_command: str
     exit_code: int
+    goal_missed: float | None = None
     plan: list[dict[str, str]] = dataclasses.field(default_factory=list)
 
     def to_json(self) -> str:
@@ -77,7 +79,12 @@ class Result:
         if self.exit_code == INACCURATE:
             return f"NOT accurate enough: {self.warnings[0] if self.warnings else ''}"
         shown = "not timed" if speed is None else f"{speed:.2f}x as fast"
-        return f"{shown}, {size:.1f}x smaller"
+        text = f"{shown}, {size:.1f}x smaller"
+        if self.goal_missed is not None:
+            text += (
+                f", but {self.worst_db:.1f} dB SQNR is below the goal of {self.goal_missed:g} dB"
+            )
+        return text
 
 
 def check_folder(folder: Path) -> None:

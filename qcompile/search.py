@@ -123,6 +123,12 @@ def _faster(
             logger.info("planned again: %.2fx", current.speedup)
             if current.speedup > best.speedup:
                 shop.judge(current, _QUICK)
+                goal = shop.recipe.min_sqnr or shop.recipe.sqnr_goal
+                if current.db < min(goal, best.db):
+                    history.notes.append(
+                        f"A faster plan had {current.db:.1f} dB and was not taken."
+                    )
+                    break
                 history.notes.append(
                     f"Planned again with measured costs: {best.speedup:.2f}x -> {current.speedup:.2f}x."
                 )

@@ -70,9 +70,11 @@ def _show_slices(console: Console, outputs: list[dict[str, Any]]) -> None:
     for title in ("SQNR", "cosine", "same decision"):
         table.add_column(title, justify="right")
     rows = [(o["name"], s) for o in outputs for s in o["slices"]]
-    shown = sorted(
+    worst = sorted(
         rows, key=lambda r: float("inf") if r[1]["sqnr_db"] is None else r[1]["sqnr_db"]
     )[:_WORST]
+    # the first output is what a model is made for
+    shown = worst if not rows or rows[0] in worst else [rows[0], *worst[:-1]]
     for name, part in rows:
         if (name, part) not in shown:
             continue

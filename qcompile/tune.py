@@ -25,7 +25,7 @@ _LARGE = 160  # sites: above, one sample and groups only, so that the time stays
 _GROUPS = 24
 _SINGLE = 40  # sites that are measured one by one
 _TENSORS = 12  # tensors whose range is searched one by one
-_PRICES = 40  # steps of the search for a price
+_PRICES = 20  # steps of the search for a price
 
 
 @dataclasses.dataclass
@@ -122,7 +122,7 @@ def _least_price(
 ) -> Plan:
     low, high = 1e3, 1e12  # nanoseconds a unit of noise
     best: Plan | None = None
-    for _ in range(_PRICES // 2):
+    for _ in range(_PRICES):
         price = math.sqrt(low * high)
         plan = shop.plan(dataclasses.replace(request, noise=noise.sites, price=price, roots=roots))
         if _noise_of(shop, plan, noise, roots) <= goal:

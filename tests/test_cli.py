@@ -23,7 +23,16 @@ KEYS = {
     "model", "output", "target", "recipe", "seconds", "peak_rss_mb", "size_mb", "latency", "outputs",
     "kernels", "kept_float", "warnings",
 }  # fmt: skip
-OUR_KEYS = {"format", "ranges", "samples", "notes", "next_command", "exit_code", "plan"}
+OUR_KEYS = {
+    "format",
+    "ranges",
+    "samples",
+    "notes",
+    "next_command",
+    "exit_code",
+    "plan",
+    "goal_missed",
+}
 
 
 def operators(path: Path) -> list[str]:
@@ -137,8 +146,12 @@ def test_external_data_in_and_names_with_spaces(desk: Desk) -> None:
     assert {Path(name).name for name in done.new} == {
         "größe 1.int8.onnx", "der bericht", "report.md", "report.json", "plan.json",
     }  # fmt: skip
+    assert f"next: read {report / 'report.md'}" in done.out
+    done = desk.run(folder / "größe 1.onnx", "--data", folder / "dätä 1.npz", "--samples", "4")
     again = shlex.split(done.out.rpartition("next: ")[2].partition("#")[0])
     assert again[:2] == ["qcompile", str(folder / "größe 1.onnx")]
+    assert "--samples 4" in shlex.join(again)
+    assert again[-2:] == ["--report", "report/"]
     table = json.loads((report / "report.json").read_text("utf-8"))
     assert table["size_mb"]["before"] > 0.05
     assert "größe 1.int8.onnx" in (report / "report.md").read_text("utf-8")

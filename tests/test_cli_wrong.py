@@ -204,3 +204,17 @@ def test_debug_keeps_tracebacks(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("QCOMPILE_DEBUG", "1")
     with pytest.raises(Exception, match="does not exist"):
         desk.run("no.onnx")
+
+
+def test_output_that_is_something_else_that_is_read(desk: Desk) -> None:
+    before = (desk / "d.npz").read_bytes()
+    sentence = desk.refused("m.onnx", "--data", "d.npz", "-o", "d.npz")
+    assert "is the calibration data itself: choose another file with -o." in sentence
+    assert (desk / "d.npz").read_bytes() == before
+    (desk / "p.json").write_text("{}")
+    assert "is named as text" in desk.refused("m.onnx", "--data", "d.npz", "-o", "p.json")
+
+
+def test_data_function_that_exits(desk: Desk) -> None:
+    (desk / "leaver.py").write_text("import sys\ndef feeds():\n    sys.exit(3)\n")
+    assert "ended the program" in desk.refused("m.onnx", "--data", "leaver:feeds")

@@ -163,7 +163,7 @@ def errors(case: Case, model: onnx.ModelProto) -> dict[str, float]:
                 assert got[name].shape == wanted[name].shape
                 if wanted[name].dtype.kind == "f":
                     index = (slice(None),) * axis + (slice(start, stop),) if stop >= 0 else ...
-                    total += _powers(wanted[name][index], got[name][index])
+                    total += _powers(wanted[name][index], got[name][index])  # noqa: PLW2901
         for (name, _, start, stop), (power, noise) in sums.items():
             where = name if stop < 0 else f"{name}[{start}:{stop}]"
             found[f"{where} {level}"] = _decibels(power, noise)

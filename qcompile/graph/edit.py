@@ -23,7 +23,7 @@ _KEEP_RANK = frozenset(
     {
         "AveragePool", "BatchNormalization", "Clip", "Concat", "Dropout", "Elu", "Gelu",
         "GlobalAveragePool", "GlobalMaxPool", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu",
-        "MaxPool", "Mish", "Relu", "Selu", "Sigmoid", "Softmax", "Softplus", "Tanh", "Transpose",
+        "MaxPool", "Mish", "Pad", "Relu", "Resize", "Selu", "Sigmoid", "Softmax", "Softplus", "Tanh", "Transpose",
     }
 )  # fmt: skip
 _BROADCAST = frozenset({"Add", "Sub", "Mul", "Div"})
@@ -115,7 +115,8 @@ def dtype(value: ir.Value | None, steps: int = _STEPS) -> ir.DataType | None:
         return None
     if not is_op(node, "Conv", "ConvTranspose", "Gemm", "MatMul", *_KEEP_RANK, *_BROADCAST):
         return None
-    found = (dtype(operand, steps - 1) for operand in node.inputs)
+    operands = node.inputs[:1] if is_op(node, "Pad", "Resize") else node.inputs
+    found = (dtype(operand, steps - 1) for operand in operands)
     return next((kind for kind in found if kind is not None), None)
 
 

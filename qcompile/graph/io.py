@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError
 from qcompile.errors import ModelError, OutputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ def _weights_inside(model: ir.Model) -> Iterator[None]:
 def file_bytes(path: Path) -> int:
     """Size of a model on disk, with the external data files it names."""
     files = {path}
-    for graph in ir.load(path).graphs():
+    for graph in ir.load(path, format="protobuf").graphs():
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
                 files.add(Path(value.const_value.path))
@@ -212,12 +212,27 @@ def check_writable(path: Path) -> None:
     """
     if path.is_dir():
         raise OutputError(f"{path} is a folder: name a file with -o.")
+    if path.exists() and not path.is_file():
+        raise OutputError(
+            f"{path} cannot be written: it is no ordinary file. Choose another with -o."
+        )
     if not path.parent.is_dir():
         raise OutputError(f"the folder {path.parent} does not exist: create it, or change -o.")
     if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise OutputError(
             f"{path} cannot be written: check permissions, or choose another with -o."
         )
+
+
+def check_apart(place: Path, inputs: Mapping[str, Path | None]) -> None:
+    """Nothing, if `place` is none of the files that are read; `inputs` are named for people.
+
+    Raises:
+        OutputError: writing it would destroy one of them.
+    """
+    for kind, path in inputs.items():
+        if path is not None and path.exists() and place.exists() and place.samefile(path):
+            raise OutputError(f"{place} is {kind} itself: choose another file with -o.")
 
 
 def check(model: ir.Model) -> str | None:

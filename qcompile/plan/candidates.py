@@ -93,6 +93,8 @@ def _conv(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
     x, w = node.inputs[0], node.inputs[1]
     if x is None or not _is_float32(x, facts):
         return _dtype_reason(x, facts)
+    if array(x) is not None:
+        return "its input is constant"
     weight = array(w)
     if weight is None:
         return "its weight is not constant"
@@ -234,10 +236,13 @@ def _binary(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
             return f"a product with {number:g}"
         if not np.isfinite(number):
             return f"an operand is {number}"
-        other = b if constants[0] else a
+        other, c = (b, a) if constants[0] else (a, b)
+        known = facts.get(other.name or "")
+        if known is not None and known.shape is not None and len(c.shape or ()) > len(known.shape):
+            return "its constant adds dimensions"
         if node.op_type == "Add" and is_op(other.producer(), "Sigmoid", "HardSigmoid"):
             return "its input's scale is fixed by the operator"
-        return Candidate(node, "free", None, (b if constants[0] else a,))
+        return Candidate(node, "free", None, (other,))
     row = target.row(node.op_type)
     assert row is not None
     if not _broadcasts_simply(a, b, facts):
@@ -257,6 +262,8 @@ def _unary(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
     x = node.inputs[0]
     if x is None or not _is_float32(x, facts):
         return _dtype_reason(x, facts)
+    if array(x) is not None:
+        return "its input is constant"
     if is_op(node, "Relu", "Clip") and clip_bounds(node) is None:
         return "its bounds are not constant, or do not include zero"
     if is_op(node, "HardSigmoid"):
@@ -274,6 +281,8 @@ def _pool(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
     x = node.inputs[0]
     if x is None or not _is_float32(x, facts):
         return _dtype_reason(x, facts)
+    if array(x) is not None:
+        return "its input is constant"
     row = target.row("GlobalAveragePool")
     assert row is not None
     return Candidate(node, "pool", row, (x,))
@@ -309,6 +318,8 @@ def _same(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
         return "returns indices, or is not 2-D"
     if is_op(node, "Resize") and attribute(node, "mode", "nearest") != "nearest":
         return f"no integer kernel for mode {attribute(node, 'mode', '')}"
+    if attribute(node, "coordinate_transformation_mode", "") == "tf_crop_and_resize":
+        return "what it extrapolates is a number, not a code"
     known = facts.get(x.name or "")
     shape = None if known is None else known.shape
     if is_op(node, "MaxPool") and shape is not None and shape[1] % 16:

@@ -64,9 +64,12 @@ class Request:
 def find_candidates(model: ir.Model, target: Target, facts: Facts) -> dict[str, Candidate | str]:
     """For every node of every graph, by name, its candidate or the reason why it stays float."""
     found: dict[str, Candidate | str] = {}
+    opset = model.opset_imports.get("", 99)
     for graph in graphs(model):
         for node in graph:
             result = candidate(node, target, facts)
+            if isinstance(result, Candidate) and opset < (12 if node.op_type == "MaxPool" else 11):
+                result = f"opset {opset} has no 8-bit form of it, and could not be raised"
             if (
                 graph is not model.graph
                 and isinstance(result, Candidate)
@@ -174,7 +177,7 @@ def _entry(
         return NodePlan(
             name, op, Form.FLOAT, why=f"{absorbed[name].node.name} before it stays float"
         )
-    return NodePlan(name, op, Form.FLOAT, why="not asked for")
+    return NodePlan(name, op, Form.FLOAT, why="an integer kernel would not pay for its borders")
 
 
 class _Network:

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from qcompile.calib.ranges import METHODS
 from qcompile.calib.stats import TensorStats
 from qcompile.graph.edit import array, attribute, is_op
+from qcompile.plan.candidates import clip_bounds
 from qcompile.plan.plan import Plan
 from qcompile.plan.tensors import Coded, Coding
 from qcompile.quant.affine import choose
@@ -69,12 +70,18 @@ def _agree(
     """
     joined: dict[str, set[str]] = {}
     by_name = {root.name or "": members for root, members in groups.items()}
+    makers = {root.name or "": root.producer() for root in groups}
 
     def alike(names: set[str]) -> tuple[float, float] | None:
         low = min(min(ranges[n][0], 0.0) for n in names)
         high = max(max(ranges[n][1], 0.0) for n in names)
         least = min(max(ranges[n][1], 0.0) - min(ranges[n][0], 0.0) for n in names)
-        return (low, high) if (high - low) <= _ALIKE * least else None
+        if (high - low) > _ALIKE * least:
+            return None
+        step = (high - low) / 255  # a Relu or Clip that saturation does must go on being done by it
+        limits = [clip_bounds(node) for n in names if (node := makers[n]) is not None]
+        beyond = any(low < b[0] - step or high > b[1] + step for b in limits if b is not None)
+        return None if beyond else (low, high)
 
     for root in groups:
         node = root.producer()

@@ -27,7 +27,9 @@ class Comparison:
 
     @property
     def worst_db(self) -> float:
-        """The lowest SQNR of any slice of any output, in decibels; -inf if values were lost."""
+        """The lowest SQNR of any slice of any output, in decibels; -inf if values or an output were lost."""
+        if any(errors[0].unlike and not errors[0].count for errors in self.outputs.values()):
+            return -np.inf
         values = [
             e.sqnr_db if not e.bad else -np.inf
             for errors in self.outputs.values()
@@ -46,12 +48,16 @@ class Comparison:
         """Sentences about outputs that carry nothing any more."""
         found = []
         for name, errors in self.outputs.items():
+            if errors[0].unlike and not errors[0].count:
+                found.append(f"output {name!r} never had the shape of the float model's.")
             for error in errors:
                 where = f"output {name!r}" + (
                     "" if error.part.axis is None else f", slice {error.part.name}"
                 )
                 if error.bad:
-                    found.append(f"{where}: {error.bad} values are lost: not finite, or in no place.")
+                    found.append(
+                        f"{where}: {error.bad} values are lost: not finite, or in no place."
+                    )
                 elif error.dead:
                     found.append(f"{where} is constant: all its information is lost.")
         return found

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.graph.edit import Names, add_initializer, add_node
+from qcompile.graph.edit import Names, add_initializer, add_node, attribute
 from qcompile.plan.candidates import Candidate
 from qcompile.plan.plan import Form, Plan
 from qcompile.plan.tensors import Coding
@@ -54,11 +55,13 @@ def switched(
         item = found[entry.node]
         if entry.node in weights and entry.node in by_node and isinstance(item, Candidate):
             _round_weight(graph, names, by_node[entry.node], weights[entry.node])
-    by_value = {value.name: value for node in graph for value in node.outputs}
-    by_value |= {value.name: value for value in graph.inputs}
+    by_value = {value.name: value for value in graph.inputs}
+    by_value |= {value.name: value for node in graph for value in node.outputs}
     order = {name: i for i, name in enumerate(by_value)}
+    by_codes = {entry.node for entry in plan.of(Form.STATIC, Form.FREE)}
     for root in sorted(coding.roots, key=lambda value: order.get(value.name, 0)):
-        builder.tensor(by_value[root.name])
+        value = by_value[root.name]
+        builder.tensor(value, None if _made_by_codes(root, plan) else by_codes)
     for entry in plan.of(Form.DYNAMIC):
         item = found[entry.node]
         if entry.node in by_node and isinstance(item, Candidate) and item.role == "dynamic":
@@ -67,14 +70,22 @@ def switched(
     return model, builder.sites
 
 
+def _made_by_codes(value: ir.Value, plan: Plan) -> bool:
+    """Whether an integer node makes the tensor, so that float readers see its codes as well."""
+    node = value.producer()
+    entry = plan.get(node.name) if node is not None else None
+    return entry is not None and entry.form in (Form.STATIC, Form.FREE, Form.ABSORBED)
+
+
 def _round_weight(graph: ir.Graph, names: Names, node: ir.Node, weight: Weight) -> None:
     """The node reads the weight, and the corrected bias, as they will be."""
     source = node.inputs[1]
     assert source is not None and source.const_value is not None
     shape = tuple(int(d) for d in source.const_value.shape)  # type: ignore[arg-type]
     back = dequantize(weight.codes, weight.params)
-    if back.shape != shape:  # Gemm with transB: the codes are (K, N)
-        back = back.T
+    if node.op_type == "Gemm":  # the codes are (K, N), and alpha times the weight
+        back = back.T if attribute(node, "transB", 0) else back
+        back = back / np.float32(attribute(node, "alpha", 1.0) or 1.0)
     node.replace_input_with(1, add_initializer(graph, names, "qc_weight", back.reshape(shape)))
     if node.op_type == "Conv" and weight.bias is not None:
         if len(node.inputs) < 3:
@@ -96,9 +107,10 @@ class _Builder:
         ]  # fmt: skip
         graph.inputs.extend(self._inputs)
 
-    def tensor(self, value: ir.Value) -> None:
-        """A switch between a tensor and its readers."""
-        uses, was_output = list(value.uses()), value.is_graph_output()
+    def tensor(self, value: ir.Value, readers: AbstractSet[str] | None) -> None:
+        """A switch between a tensor and its readers: all of them, or the nodes of these names."""
+        uses = [u for u in value.uses() if readers is None or u.node.name in readers]
+        was_output = value.is_graph_output() and readers is None
         _, scale, zero = picked = self._pick(len(self.sites))
         q = self._add("QuantizeLinear", [value, scale, zero])
         result = self._add(
@@ -142,7 +154,7 @@ class _Builder:
 
 
 class Meter:
-    """Measures the noise of sets of sites on a few held-out samples."""
+    """Measures the noise of sets of sites on a few calibration samples."""
 
     def __init__(
         self, model: ir.Model, sites: Sequence[Site], params: Mapping[str, QParams], reference: Reference,

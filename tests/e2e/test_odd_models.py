@@ -312,7 +312,7 @@ def _() -> Case:
     )
 
     def check(result: Result, made: onnx.ModelProto) -> None:
-        (row,) = (row for row in result.plan if row["op"] == "Relu" and "-inf" in row["why"])
+        (_row,) = (row for row in result.plan if row["op"] == "Relu" and "-inf" in row["why"])
 
     return Case(model, IMAGE, check=check)
 

@@ -97,7 +97,7 @@ REASONS = {
 def test_reasons(name: str) -> None:
     head, nodes, reason = REASONS[name]
     if "Mul(s, t)" in nodes:
-        head, nodes = head.replace("float[1,4,1,1] s", "float[1,4,1,1] s, float[1,1,6,6] t"), nodes
+        head = head.replace("float[1,4,1,1] s", "float[1,4,1,1] s, float[1,1,6,6] t")
     item = found(head, nodes, t=(1, 1, 6, 6), s=(1, 4, 1, 1))["n"]
     assert isinstance(item, str)
     assert reason in item

@@ -112,7 +112,7 @@ def test_forms_that_a_person_fixed() -> None:
 
 def test_what_a_fixed_node_absorbs_goes_with_it() -> None:
     """A plan with everything float in which one Conv was set to static, and the reverse."""
-    everything = {name: Form.FLOAT for name in forms(plan())}
+    everything = dict.fromkeys(forms(plan()), Form.FLOAT)
     made = plan(forms={**everything, "conv": Form.STATIC})
     assert forms(made)["conv"] == "static"
     assert forms(made)["relu"] == "absorbed"
@@ -131,7 +131,7 @@ def test_only_what_was_calibrated() -> None:
     made = plan(only={"last", "pool"})
     assert {e.node for e in made.of(Form.STATIC, Form.FREE)} == {"last", "pool"}
     assert forms(made)["product"] == "dynamic"
-    assert made["conv"].why == "not asked for"
+    assert made["conv"].why == "an integer kernel would not pay for its borders"
 
 
 def test_a_dynamic_node_must_be_worth_its_noise() -> None:

@@ -25,7 +25,9 @@ def error(*pairs: tuple[Any, Any], part: Part | None = None) -> Error:
     return made
 
 
-def noisy(seed: int = 0, shape: tuple[int, ...] = (4, 10), noise: float = 0.1) -> tuple[Array, Array]:
+def noisy(
+    seed: int = 0, shape: tuple[int, ...] = (4, 10), noise: float = 0.1
+) -> tuple[Array, Array]:
     rng = np.random.default_rng(seed)
     y = rng.normal(size=shape).astype(F32)
     return y, (y + rng.normal(size=shape) * noise).astype(F32)
@@ -68,7 +70,7 @@ def test_outputs_of_zeros() -> None:
     zeros = np.zeros((2, 3), F32)
     assert error((zeros, zeros)).cosine == 1
     assert error((zeros, zeros + 1)).cosine == 0
-    assert error((zeros, zeros + 1)).sqnr_db < -1000
+    assert error((zeros, zeros + 1)).sqnr_db <= -300
     assert math.isfinite(error((zeros, zeros + 1)).sqnr_db)
 
 
@@ -135,7 +137,10 @@ def test_a_slice_that_is_dead_in_every_sample_but_not_the_same() -> None:
 def test_indices_and_flags_are_the_same_or_not() -> None:
     """The distance of two indices says nothing."""
     for kind in (np.int64, np.int32):
-        near, far = (error((np.arange(8, dtype=kind), np.array([0, 1, 2, 3, 4, 5, 6, last], kind))) for last in (8, 1000))
+        near, far = (
+            error((np.arange(8, dtype=kind), np.array([0, 1, 2, 3, 4, 5, 6, last], kind)))
+            for last in (8, 1000)
+        )
         assert near.sqnr_db == far.sqnr_db == pytest.approx(10 * np.log10(8))
         assert near.cosine == near.agreement == 7 / 8
     flags = error((np.array([True, False]), np.array([True, True])))
@@ -161,10 +166,14 @@ def test_two_parts_are_the_whole(values: Array, axis: int, cut: int) -> None:
     size = values.shape[axis]
     assume(cut <= size)
     result = values + F32(0.5)
-    parts = [error((values, result), part=Part("p", axis, a, b)) for a, b in ((0, cut), (cut, size))]
+    parts = [
+        error((values, result), part=Part("p", axis, a, b)) for a, b in ((0, cut), (cut, size))
+    ]
     whole = error((values, result))
     for field in ("power", "noise", "dot", "power_result", "count", "total"):
-        assert sum(getattr(p, field) for p in parts) == pytest.approx(getattr(whole, field), rel=1e-9, abs=1e-9)
+        assert sum(getattr(p, field) for p in parts) == pytest.approx(
+            getattr(whole, field), rel=1e-9, abs=1e-9
+        )
 
 
 def test_a_part_is_a_view() -> None:

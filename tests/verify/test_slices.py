@@ -15,7 +15,9 @@ ONES = ", ".join(["1"] * 240)
 HEAD = f"g (float[1,4,5,6] a, float[1,2,5,6] b) => (float[SHAPE] y) <float two = {{2}}, float[1,8,5,6] wide = {{{ONES}}}>"
 
 
-def parts(nodes: str, shape: str = "1,6,5,6", head: str = HEAD) -> list[tuple[str, int | None, int, int]]:
+def parts(
+    nodes: str, shape: str = "1,6,5,6", head: str = HEAD
+) -> list[tuple[str, int | None, int, int]]:
     """Of the output `y`: name, axis, start, stop."""
     model = parse(f"{head.replace('SHAPE', shape)} {{ {nodes} }}")
     facts = probe(model, random_feed(model))
@@ -34,7 +36,15 @@ def test_a_concat(axis: int) -> None:
 
 @pytest.mark.parametrize(
     "last",
-    ["Identity(c)", "Sigmoid(c)", "Mul(c, two)", "Mul(two, c)", "Add(c, two)", "Cast<to = 1>(c)", "Div(c, two)"],
+    [
+        "Identity(c)",
+        "Sigmoid(c)",
+        "Mul(c, two)",
+        "Mul(two, c)",
+        "Add(c, two)",
+        "Cast<to = 1>(c)",
+        "Div(c, two)",
+    ],
 )
 def test_behind_what_keeps_places(last: str) -> None:
     assert parts(f"c = Concat<axis = 1>(a, b) y = {last}") == BOTH
@@ -55,7 +65,9 @@ def test_through_a_transpose(perm: tuple[int, ...]) -> None:
     shape = ",".join(str((1, 6, 5, 6)[p]) for p in perm)
     place = perm.index(1)
     wanted = [(name, None if axis is None else place, *rest) for name, axis, *rest in BOTH]
-    assert parts(f"c = Concat<axis = 1>(a, b) y = Transpose<perm = {list(perm)}>(c)", shape) == wanted
+    assert (
+        parts(f"c = Concat<axis = 1>(a, b) y = Transpose<perm = {list(perm)}>(c)", shape) == wanted
+    )
     if perm == (3, 2, 1, 0):
         assert parts("c = Concat<axis = 1>(a, b) y = Transpose(c)", shape) == wanted
 
@@ -83,7 +95,9 @@ def test_the_whole_only(nodes: str, shape: str) -> None:
 
 def test_an_operand_that_is_broadcast_has_other_places() -> None:
     """Of `sum` only the wide operand has the output's places, wherever it stands."""
-    head = HEAD.replace("float[1,2,5,6] b)", "float[1,2,5,6] b, float[1,6,1,1] s, float[3,6,5,6] w)")
+    head = HEAD.replace(
+        "float[1,2,5,6] b)", "float[1,2,5,6] b, float[1,6,1,1] s, float[3,6,5,6] w)"
+    )
     both = "c = Concat<axis = 1>(a, b)"
     assert parts(f"{both} y = Mul(s, c)", head=head) == BOTH
     assert parts(f"{both} y = Add(c, w)", "3,6,5,6", head=head) == [WHOLE]
@@ -114,7 +128,9 @@ def test_a_dynamic_batch_does_not_matter() -> None:
     head = "g (float[N,4,H,W] a, float[N,2,H,W] b) => (float[N,6,H,W] y)"
     assert parts("y = Concat<axis = 1>(a, b)", head=head) == BOTH
     head = "g (float[N,4,H,W] a, float[N,2,H,W] b) => (float[N,C,H,W] y)"
-    assert parts("y = Concat<axis = 1>(a, b)", head=head) == BOTH  # those of both inputs are declared
+    assert (
+        parts("y = Concat<axis = 1>(a, b)", head=head) == BOTH
+    )  # those of both inputs are declared
     head = "g (float[N,4,H,W] a, float[N,D,H,W] b) => (float[N,C,H,W] y)"
     assert parts("y = Concat<axis = 1>(a, b)", head=head) == [WHOLE]
 
@@ -125,7 +141,9 @@ def test_the_output_says_it_whatever_its_inputs_say() -> None:
         WHOLE, ("[0:4] c", 1, 0, 4), ("[4:6] d", 1, 4, 6),
     ]  # fmt: skip
     open_head = head.replace("1,6,5,6", "1,C,5,6")
-    assert parts("c = Sigmoid(a) d = Mul(b, two) y = Concat<axis = 1>(c, d)", head=open_head) == [WHOLE]
+    assert parts("c = Sigmoid(a) d = Mul(b, two) y = Concat<axis = 1>(c, d)", head=open_head) == [
+        WHOLE
+    ]
 
 
 def test_the_output_s_own_axis_counts_behind_a_transpose() -> None:
@@ -141,7 +159,9 @@ def test_a_constant_operand_has_its_own_size() -> None:
 
 
 def test_which_concat() -> None:
-    model = parse(f"{HEAD.replace('SHAPE', '1,6,5,6')} {{ c = Concat<axis = 1>(a, b) y = Sigmoid(c) }}")
+    model = parse(
+        f"{HEAD.replace('SHAPE', '1,6,5,6')} {{ c = Concat<axis = 1>(a, b) y = Sigmoid(c) }}"
+    )
     facts = probe(model, random_feed(model))
     found = concat_behind(model.graph.outputs[0], facts)
     assert found is not None
@@ -153,7 +173,9 @@ def test_which_concat() -> None:
 
 def test_a_head_of_boxes_and_scores() -> None:
     """Errors that are small for the whole show in the slice of the scores: case C09."""
-    model = parse("g (float[1,4,8] box, float[1,2,8] score) => (float[1,6,8] y) <float many = {200}> { b = Mul(box, many) s = Sigmoid(score) y = Concat<axis = 1>(b, s) }")
+    model = parse(
+        "g (float[1,4,8] box, float[1,2,8] score) => (float[1,6,8] y) <float many = {200}> { b = Mul(box, many) s = Sigmoid(score) y = Concat<axis = 1>(b, s) }"
+    )
     feed = random_feed(model)
     found = parts_of(model.graph.outputs[0], probe(model, feed))
     y = np.concatenate([feed["box"] * 200, 1 / (1 + np.exp(-feed["score"]))], axis=1)
@@ -168,5 +190,7 @@ def test_a_head_of_boxes_and_scores() -> None:
     assert scores.dead
     compared = Comparison({"y": errors}, 1)
     assert compared.worst_db == scores.sqnr_db
-    assert compared.problems() == ["output 'y', slice [4:6] s is constant: all its information is lost."]
-    assert [error.part for error in errors][0] == Part("all")
+    assert compared.problems() == [
+        "output 'y', slice [4:6] s is constant: all its information is lost."
+    ]
+    assert next(error.part for error in errors) == Part("all")

@@ -56,11 +56,17 @@ def _expect(
 
 
 def _float_time(item: Candidate, floats: Profile) -> float | None:
-    """The node's time as float, with what it absorbs; ORT fuses activations under the Conv's name or output."""
+    """The node's time as float, with what it absorbs and its share of the layout changes around it.
+
+    ORT fuses activations under the Conv's name or output; its blocked layout (NCHWc) needs reorders, which
+    belong to no node of the model.
+    """
     names = [item.node.name or "", item.node.outputs[0].name or "", item.result.name or ""]
     found = [floats.nodes[name] for name in dict.fromkeys(names) if name in floats.nodes]
     extra = [floats.nodes.get(n.name or "", 0.0) for n in item.absorbed]
-    return sum(found) + sum(extra) if found else None
+    reorders = sum(floats.operators.get(op, 0.0) for op in ("ReorderInput", "ReorderOutput"))
+    rest = max(sum(floats.operators.values()) - reorders, 1.0)
+    return (sum(found) + sum(extra)) * (1 + reorders / rest) if found else None
 
 
 def _border_factor(shop: Workshop, attempt: Attempt, seen: Profile) -> float:

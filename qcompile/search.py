@@ -20,8 +20,8 @@ from qcompile.workshop import LARGE, Attempt, Ranging, Workshop
 logger = logging.getLogger(__name__)
 _QUICK = 8  # held-out samples that choose between range methods
 _FINE_DB = 45.0  # no tuning above this
-_WORTH_IT = 1.15  # speed-up that leaving nodes float for accuracy must not go below
-_STILL = 0.93  # share of a speed-up below that which accuracy may still cost
+_WORTH_IT = 1.2  # speed-up that leaving nodes float for accuracy must not go below
+_STILL = 0.96  # share of a speed-up below that which accuracy may still cost
 _LEAST = 1.03
 _WORTH_DB = 1.5  # short of the goal, nodes are left float only for this much
 _FAST = 1.4  # below, measured costs may find a better plan
@@ -124,7 +124,7 @@ def _faster(
             if current.speedup > best.speedup:
                 shop.judge(current, _QUICK)
                 goal = shop.recipe.min_sqnr or shop.recipe.sqnr_goal
-                if current.db < min(goal, best.db):
+                if current.db < min(goal, best.db - _WORTH_DB):
                     history.notes.append(
                         f"A faster plan had {current.db:.1f} dB and was not taken."
                     )
@@ -144,17 +144,19 @@ def _more_accurate(
     demanded = shop.recipe.min_sqnr is not None
     start = best
     with shop.progress.stage("trading speed for accuracy") as step:
-        for plan in tune.cheaper_noise(shop, request, best, found.noise, goal):
-            attempt = shop.attempt(plan, best.ranging, best.form)
-            shop.judge(attempt, _QUICK)
-            attempt.speedup = _speed(attempt, opened)
-            step(1, None)
-            gained = attempt.db >= goal or attempt.db >= best.db + _WORTH_DB
-            enough = min(_WORTH_IT, max(_STILL * best.speedup, _LEAST))
-            if not gained or (attempt.speedup < enough and not demanded):
-                continue
-            best = attempt
-            if best.db >= goal:
+        for aim in (goal, (start.db + goal) / 2):  # where the goal costs too much, half the way
+            for plan in tune.cheaper_noise(shop, request, start, found.noise, aim):
+                attempt = shop.attempt(plan, start.ranging, start.form)
+                shop.judge(attempt, _QUICK)
+                attempt.speedup = _speed(attempt, opened)
+                step(1, None)
+                gained = attempt.db >= aim or attempt.db >= best.db + _WORTH_DB
+                enough = min(_WORTH_IT, max(_STILL * start.speedup, _LEAST))
+                if gained and attempt.db > best.db and (demanded or attempt.speedup >= enough):
+                    best = attempt
+                if best.db >= aim:
+                    break
+            if best is not start:
                 break
     if best is not start:
         more = len(best.plan.of(Form.FLOAT)) - len(start.plan.of(Form.FLOAT))
@@ -186,7 +188,7 @@ def _choose_format(shop: Workshop, best: Attempt, opened: Opened, history: Histo
 
 
 def _speed(attempt: Attempt, opened: Opened) -> float:
-    return time_attempts({"it": attempt}, opened, 0.4)["it"]
+    return time_attempts({"it": attempt}, opened, 0.6)["it"]
 
 
 def time_attempts(

@@ -100,17 +100,14 @@ def cheaper_noise(
     The price of noise is raised until the sum of the chosen sites' noise is low enough; for each price
     the plan is the optimum of speed plus price times noise.
     """
-    roots = {
-        value.name or "": coded.root.name or ""
-        for value, coded in shop.coding(best.plan).tensors.items()
-    }
+    by_tensor = _by_tensor(shop, best.plan, noise)
     predicted_all = sum(noise.sites.values()) + noise.weights
     # what the prediction misses (weights of float nodes, interaction) is taken from the full attempt
     factor = min(max(best.noise / predicted_all, 0.25), 4.0) if predicted_all > 0 else 1.0
     tried: set[tuple[Form, ...]] = {tuple(e.form for e in best.plan.nodes)}
     for margin in (1.0, 1.6, 3.0):
         goal = 10 ** (-goal_db / 10) / margin / factor
-        plan = _least_price(shop, request, noise, roots, goal)
+        plan = _least_price(shop, request, noise, by_tensor, goal)
         forms = tuple(e.form for e in plan.nodes)
         if forms not in tried and plan.quantizes:
             tried.add(forms)
@@ -118,27 +115,43 @@ def cheaper_noise(
 
 
 def _least_price(
-    shop: Workshop, request: Request, noise: Noise, roots: dict[str, str], goal: float
+    shop: Workshop, request: Request, noise: Noise, by_tensor: dict[str, float], goal: float
 ) -> Plan:
     low, high = 1e3, 1e12  # nanoseconds a unit of noise
     best: Plan | None = None
     for _ in range(_PRICES):
         price = math.sqrt(low * high)
-        plan = shop.plan(dataclasses.replace(request, noise=noise.sites, price=price, roots=roots))
-        if _noise_of(shop, plan, noise, roots) <= goal:
+        plan = shop.plan(dataclasses.replace(request, noise=by_tensor, price=price))
+        if _noise_of(shop, plan, noise, by_tensor) <= goal:
             best, high = plan, price
         else:
             low = price
         if high / low < 1.1:
             break
     if best is None:
-        best = shop.plan(dataclasses.replace(request, noise=noise.sites, price=high, roots=roots))
+        best = shop.plan(dataclasses.replace(request, noise=by_tensor, price=high))
     return best
 
 
-def _noise_of(shop: Workshop, plan: Plan, noise: Noise, roots: dict[str, str]) -> float:
+def _by_tensor(shop: Workshop, plan: Plan, noise: Noise) -> dict[str, float]:
+    """Noise by site, and that of tensors which share codes, if they were rounded to codes of their own.
+
+    A narrower range has finer steps, and the power of rounding errors is that of the steps squared.
+    """
+    found = dict(noise.sites)
+    for value, coded in shop.coding(plan).tensors.items():
+        root, own = (shop.stats.get(v.name or "") for v in (coded.root, value))
+        if value is not coded.root and root is not None and own is not None and root.span > 0:
+            finer = own.span / (abs(coded.factor) * root.span)
+            found[value.name or ""] = (
+                noise.sites.get(coded.root.name or "", 0.0) * min(finer, 1.0) ** 2
+            )
+    return found
+
+
+def _noise_of(shop: Workshop, plan: Plan, noise: Noise, by_tensor: dict[str, float]) -> float:
     """Predicted noise of a plan: its coded roots, its dynamic nodes, and the weights' share of it."""
-    touched = {roots.get(value.name or "", value.name or "") for value in shop.coding(plan).tensors}
+    touched = {value.name or "" for value in shop.coding(plan).roots}
     touched |= {entry.node for entry in plan.of(Form.DYNAMIC)}
     share = len([e for e in plan.nodes if e.weight]) / max(
         1,
@@ -148,4 +161,4 @@ def _noise_of(shop: Workshop, plan: Plan, noise: Noise, roots: dict[str, str]) -
             if not isinstance(n, str) and n.role in ("conv", "dynamic")
         ),
     )
-    return sum(noise.sites.get(name, 0.0) for name in touched) + noise.weights * min(1.0, share)
+    return sum(by_tensor.get(name, 0.0) for name in touched) + noise.weights * min(1.0, share)

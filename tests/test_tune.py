@@ -167,11 +167,6 @@ def test_the_least_that_reaches_the_goal() -> None:
     made = workbench(small_cnn(), images())
     noise = Noise(dict.fromkeys(["x", "r", "s", "m", "c", "y"], 1e-5), [], weights=0.0, total=1e-3)
     noise.sites["y"] = 1e-2
-    best = attempt(made)
-    best.comparison = None  # its noise is unknown: the prediction is taken as it is
-    plan = next(
-        tune.cheaper_noise(
-            made.shop, made.request, Fixed(best, sum(noise.sites.values())), noise, 30.0
-        )
-    )  # type: ignore[arg-type]
+    best = Fixed(made.draft, sum(noise.sites.values()))  # as predicted
+    plan = next(tune.cheaper_noise(made.shop, made.request, best, noise, 30.0))  # type: ignore[arg-type]
     assert [name for name, form in made.forms(plan).items() if form == "float"] == ["add"]

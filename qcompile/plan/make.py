@@ -38,9 +38,8 @@ class Request:
         keep_float: node names -> why they must stay float.
         forms: forms that a person or a measurement fixed, by node name.
         dynamic: dynamic forms are allowed.
-        noise: noise-to-signal ratio that a coded tensor's root, or a dynamic node, adds to the outputs.
+        noise: noise-to-signal ratio that the outputs get from rounding a tensor, or from a dynamic node.
         price: nanoseconds that one unit of noise costs; the plan then trades speed for accuracy.
-        roots: root of each coded tensor, by tensor name; needed where there is noise.
         measured: (float, integer) nanoseconds of nodes, in place of the target's costs.
         border: factor on the target's costs of borders.
         gain: factor on the target's costs of float nodes.
@@ -54,7 +53,6 @@ class Request:
     dynamic: bool = True
     noise: Mapping[str, float] = dataclasses.field(default_factory=dict)
     price: float = 0.0
-    roots: Mapping[str, str] = dataclasses.field(default_factory=dict)
     measured: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     border: float = 1.0
     gain: float = 1.0
@@ -231,7 +229,8 @@ def _cut(
         if request.forms.get(name) in (Form.STATIC, Form.FREE):
             network.edge(0, vertex[name], None)
         network.edge(0, vertex[name], as_float)
-        network.edge(vertex[name], 1, as_int)
+        rounds = item.role not in ("same", "free")  # those only hand on what is rounded already
+        network.edge(vertex[name], 1, as_int + _noise_cost(item.result, request) * rounds)
         for value in dict.fromkeys(item.data):
             readers.setdefault(value, []).append(name)
         if item.node.op_type == "MaxPool":
@@ -246,7 +245,7 @@ def _cut(
         made_by = vertex[producer[value]] if value in producer else 1
         if codes:
             gate = network.vertex()
-            network.edge(gate, made_by, to_codes)
+            network.edge(gate, made_by, to_codes + _noise_cost(value, request))
             for name in codes:
                 network.edge(vertex[name], gate, None)
         if value in producer:
@@ -257,7 +256,6 @@ def _cut(
                 network.edge(made_by, gate, to_float)
                 for name in codes:
                     network.edge(gate, vertex[name], None)
-    _charge_noise(network, vertex, readers, producer, request)
     side = network.integer_side()
     return {name for name, number in vertex.items() if number in side}
 
@@ -278,27 +276,9 @@ def _after_channels_last(
         network.edge(vertex[name], vertex[maker], None)
 
 
-def _charge_noise(
-    network: _Network,
-    vertex: Mapping[str, int],
-    readers: Mapping[ir.Value, list[str]],
-    producer: Mapping[ir.Value, str],
-    request: Request,
-) -> None:
-    """A root's noise is paid once, if any integer node reads or makes a tensor that shares its codes."""
-    if not request.price:
-        return
-    charges: dict[str, int] = {}
-    for value in dict.fromkeys([*readers, *producer]):
-        root = request.roots.get(value.name or "", value.name or "")
-        noise = request.noise.get(root, 0.0)
-        if noise <= 0:
-            continue
-        if root not in charges:
-            charges[root] = network.vertex()
-            network.edge(charges[root], 1, request.price * noise)
-        for name in [*readers.get(value, []), *([producer[value]] if value in producer else [])]:
-            network.edge(vertex[name], charges[root], None)
+def _noise_cost(value: ir.Value, request: Request) -> float:
+    """Nanoseconds that rounding a tensor may cost: paid where its codes are made, however many read them."""
+    return request.price * request.noise.get(value.name or "", 0.0)
 
 
 def node_costs(item: Candidate, facts: Facts) -> tuple[float, float]:

@@ -16,7 +16,6 @@ from rewrites import parse
 from qcompile.plan.candidates import Candidate
 from qcompile.plan.make import Request, border_costs, find_candidates, make_plan, node_costs
 from qcompile.plan.plan import Form, Plan
-from qcompile.plan.tensors import coding
 from qcompile.run.probe import Fact
 from qcompile.targets.schema import Boundary, Target, load_target
 
@@ -154,8 +153,11 @@ def total(made: Graph, integer: set[str], request: Request, target: Target) -> f
         )
         ns += to_codes if value in as_codes and value not in by_codes else 0.0
         ns += to_float if value in by_codes and as_float else 0.0
-    touched = {request.roots.get(v.name or "", v.name or "") for v in by_codes | as_codes}
-    return ns + request.price * sum(request.noise.get(root, 0.0) for root in touched)
+    handed_on = {
+        v for item in chosen.values() if item.role in ("same", "free") for v in item.node.outputs
+    }
+    rounded = (by_codes | as_codes) - handed_on
+    return ns + request.price * sum(request.noise.get(v.name or "", 0.0) for v in rounded)
 
 
 def subsets(names: list[str]) -> Iterator[set[str]]:
@@ -189,12 +191,7 @@ def requests(draw: st.DrawFn, made: Graph) -> Request:
     """Measured costs, a few nodes fixed, noise on the tensors of the plan with everything integer."""
     names = sorted(made.static)
     pools = [n for n in names if made.static[n].node.op_type == "MaxPool"]
-    everything = make_plan(
-        made.model, EXACT, made.facts,
-        Request(forms=dict.fromkeys((n for n in names if n not in pools), Form.STATIC)), made.found,
-    )  # fmt: skip
-    coded = coding(made.model, everything, made.found).tensors
-    roots = {v.name or "": c.root.name or "" for v, c in coded.items()}
+    tensors = ["x", *(v.name or "" for node in made.model.graph for v in node.outputs)]
     some: Any = st.sets(st.sampled_from(names), max_size=2) if names else st.just(set())
     fixed = draw(some) - set(pools)
     kept = draw(some) - fixed
@@ -204,8 +201,7 @@ def requests(draw: st.DrawFn, made: Graph) -> Request:
         forms={n: Form.FREE if made.static[n].role == "free" else Form.STATIC for n in fixed if only is None}
         | {n: Form.FLOAT for n in kept if draw(st.booleans())},
         keep_float=dict.fromkeys(kept, "so"), only=only, border=draw(st.sampled_from([1.0, 2.0])),
-        price=draw(st.sampled_from([0.0, 10.0])), roots=roots,
-        noise={root: draw(st.integers(0, 40)) for root in sorted(set(roots.values()))},
+        price=draw(st.sampled_from([0.0, 10.0])), noise={name: draw(st.integers(0, 40)) for name in tensors},
     )  # fmt: skip
 
 
@@ -344,18 +340,30 @@ def test_max_pool_only_behind_what_runs_channels_last() -> None:
     )
 
 
-def test_noise_is_paid_once_for_each_root() -> None:
+def test_noise_is_paid_where_codes_are_made() -> None:
+    """By the node that makes them, or by a QuantizeLinear; once, however many read them or hand them on."""
     made = row("[m] a = Conv(x, w) [f] b = Mul(a, two) [n] y = Conv(b, w)")
     gain = {"m": (9000, 0), "f": (0, 0), "n": (9000, 0)}
-    left = 18000 - 1380 - 2020  # what the chain gains
-    roots = {"x": "x", "a": "a", "b": "a", "y": "y"}
-    for noise, wanted in ((left - 10, "sfs"), (left + 10, "---")):
-        request = Request(measured=gain, roots=roots, price=10.0, noise={"a": noise / 10})
-        assert forms(made, request) == wanted
-    apart = Request(
-        measured=gain, roots={"x": "x", "a": "a", "b": "b", "y": "y"}, price=1.0, noise={"a": 1e6}
+    # the whole chain gains 18000 - 1380 - 2020, one Conv alone 9000 - 1380 - 2020
+    for noise in ({"a": 8990.0}, {"x": 8990.0}, {"y": 8990.0}, {"x": 4500.0, "a": 4490.0}):
+        assert forms(made, Request(measured=gain, price=1.0, noise=noise)) == "sfs"
+        tenth = {name: value / 10 for name, value in noise.items()}
+        assert forms(made, Request(measured=gain, price=10.0, noise=tenth)) == "sfs"
+    assert forms(made, Request(measured=gain, price=1.0, noise={"b": 1e9})) == "sfs"
+    assert forms(made, Request(measured=gain, noise={"a": 1e9})) == "sfs"  # no price
+    assert forms(made, Request(measured=gain, price=1.0, noise={"y": 9010})) == "s--"
+    assert forms(made, Request(measured=gain, price=1.0, noise={"x": 1e6, "a": 100})) == "--s"
+    assert (
+        forms(made, Request(measured=gain, price=1.0, noise=dict.fromkeys("xaby", 5000))) == "---"
     )
-    assert forms(made, apart) == "--s"
+
+
+def test_what_hands_codes_on_need_not_share_their_noise() -> None:
+    """Behind a float node that moves or scales values, they are rounded anew."""
+    made = row("[m] a = Conv(x, w) [f] b = Mul(a, two) [n] y = Conv(b, w)")
+    gain = {"m": (9000, 0), "f": (0, 0), "n": (9000, 0)}
+    assert forms(made, Request(measured=gain, price=1.0, noise={"a": 1e6})) == "--s"
+    assert forms(made, Request(measured=gain, price=1.0, noise={"a": 1e6, "b": 1e6})) == "---"
 
 
 def test_the_best_of_two_ways_to_cut() -> None:

@@ -134,7 +134,11 @@ def to_markdown(result: Result) -> str:
         )
         for row in result.latency["feeds"]
     ]  # fmt: skip
-    lines += ["", "## Error of the outputs on held-out samples", ""]
+    lines += [
+        "",
+        "## Error of the outputs on held-out samples (the first of them also chose between variants)",
+        "",
+    ]
     lines += _head("output", "slice", "SQNR dB", "cosine", "agreement", "exact SQNR dB")
     for output in result.outputs:
         exact = {part["slice"]: part["sqnr_db"] for part in output["exact"]}

@@ -48,7 +48,7 @@ def test_both_times_of_every_integer_node(
 ) -> None:
     """A float Conv with the Relu that the integer one absorbs."""
     request = told(bench, made, monkeypatch)
-    assert request.measured == {
+    assert {name: request.measured[name] for name in INTEGER} == {
         "stem": (3500.0, 900.0), "gate": (400.0, 300.0), "mul": (150.0, 200.0), "body": (4000.0, 800.0), "add": (250.0, 100.0),
     }  # fmt: skip
     assert request.keep_float == bench.request.keep_float
@@ -61,6 +61,19 @@ def test_a_fused_conv_has_the_name_of_any_of_its_values(
     """Of the node, of its output, or of the Relu's."""
     request = told(bench, made, monkeypatch, floats={name: 2000.0})
     assert request.measured["stem"] == (2000.0, 900.0)
+
+
+def test_layout_changes_are_shared_out(
+    bench: Bench, made: Attempt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the float nodes, by their times: the integer model has none of them."""
+    monkeypatch.setattr(faster, "profile", lambda *_, **__: Profile(INTEGER, {}))
+    operators = {"Conv": 7000.0, "Relu": 1000.0, "ReorderInput": 1500.0, "ReorderOutput": 500.0}
+    request = faster.measured_request(
+        bench.shop, bench.request, made, {}, Profile(FLOAT, operators)
+    )
+    assert request.measured["stem"] == (pytest.approx(3500 * 1.25), 900.0)
+    assert request.measured["gate"] == (pytest.approx(400 * 1.25), 300.0)
 
 
 def test_what_was_not_seen_keeps_its_cost(

@@ -1,4 +1,4 @@
-"""What is remembered of a tensor: fixed size, whatever the number of samples.
+"""What is remembered of a tensor: a histogram of fixed size, and two numbers a sample.
 
 The histogram counts values by the upper 16 bits of their float32 representation: sign, exponent and
 7 bits of mantissa. Bins are thus known before any data is seen, they never have to grow, two

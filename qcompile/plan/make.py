@@ -221,7 +221,6 @@ def _cut(
     for name, item in static.items():
         for value in item.node.outputs[1:]:
             producer[value] = name
-    hidden = {id(n) for item in static.values() for n in item.absorbed}
     readers: dict[ir.Value, list[str]] = {}
     for name, item in static.items():
         as_float, as_int = request.measured.get(name) or node_costs(item, facts)
@@ -239,7 +238,7 @@ def _cut(
         codes = readers.get(value, [])
         code_nodes = {id(static[name].node) for name in codes}
         floats = value.is_graph_output() or any(
-            id(use.node) not in code_nodes and id(use.node) not in hidden for use in value.uses()
+            id(use.node) not in code_nodes for use in value.uses()
         )
         to_codes, to_float = (request.border * ns for ns in border_costs(value, target, facts))
         made_by = vertex[producer[value]] if value in producer else 1

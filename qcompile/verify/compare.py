@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from qcompile.errors import DataError
 from qcompile.run.session import Feed, Session
-from qcompile.verify.metrics import Error, Part
+from qcompile.verify.metrics import MOST_DB, Error, Part
 
 _CACHE_BYTES = 96 << 20
 
@@ -40,9 +40,9 @@ class Comparison:
 
     @property
     def noise_to_signal(self) -> float:
-        """The largest noise-to-signal power ratio of any slice."""
-        worst = self.worst_db
-        return 0.0 if np.isinf(worst) and worst > 0 else 10 ** (-worst / 10)
+        """The largest noise-to-signal power ratio of any slice: a finite number, whatever was lost."""
+        worst = max(self.worst_db, -MOST_DB)
+        return 0.0 if np.isinf(worst) else 10 ** (-worst / 10)
 
     def problems(self) -> list[str]:
         """Sentences about outputs that carry nothing any more."""

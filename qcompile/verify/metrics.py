@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 _NOTHING = 1e-5  # an error in a slice of zeros that counts as none
-_MOST_DB = 300.0  # beyond, a ratio of powers leaves float64
+MOST_DB = 300.0  # beyond, a ratio of powers leaves float64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +94,8 @@ class Error:
         if self.noise == 0.0:
             return math.inf
         if self.power == 0.0:  # nothing to compare with: a tiny error is none, any other is total
-            return math.inf if self.noise <= self.count * _NOTHING**2 else -_MOST_DB
-        return max(-_MOST_DB, 10 * math.log10(self.power / self.noise))
+            return math.inf if self.noise <= self.count * _NOTHING**2 else -MOST_DB
+        return max(-MOST_DB, 10 * math.log10(self.power / self.noise))
 
     @property
     def cosine(self) -> float:

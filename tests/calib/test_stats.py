@@ -80,7 +80,7 @@ def test_infinities_have_bins_of_their_own() -> None:
 
 def test_large_tensors_are_sampled_evenly() -> None:
     """Whatever the dimensions: each column of a table is seen, and about as often."""
-    for width in (2, 3, 5, 6, 33, 85):
+    for width in (2, 3, 7, 14, 33, 85):
         rows = 400_000 // width
         table = np.broadcast_to(np.arange(1, width + 1, dtype=F32), (rows, width))
         centres, counts = bin_values(count_bins(np.ascontiguousarray(table)))

@@ -40,7 +40,7 @@ def test_the_same_bytes_twice() -> None:
 def test_the_same_bytes_in_another_process(seed: str) -> None:
     """Sets of strings and of objects are ordered differently there."""
     tests = Path(__file__).parents[1]
-    code = f"import sys; sys.path[:0] = [{str(tests)!r}, {str(tests / 'passes')!r}]; import test_build; print(test_build.digest())"
+    code = f"import sys; sys.path[:0] = [{str(tests / 'passes')!r}, {str(tests)!r}]; import test_build; print(test_build.digest())"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tests.parent,
         env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(tests.parent)},

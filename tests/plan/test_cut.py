@@ -49,19 +49,8 @@ class Graph:
 
 
 OPS = (
-    "Conv",
-    "Conv",
-    "Relu",
-    "Sigmoid",
-    "Neg",
-    "Mul",
-    "Plus",
-    "MaxPool",
-    "Add",
-    "Concat",
-    "Transpose",
-    "Split",
-)
+    "Conv", "ConvRelu", "Relu", "Sigmoid", "Neg", "Mul", "Plus", "MaxPool", "Add", "Concat", "Transpose", "Split",
+)  # fmt: skip
 
 
 @st.composite
@@ -69,17 +58,21 @@ def random_graphs(draw: st.DrawFn, most: int = 9, side: int = 4) -> Graph:
     """Operators in a row, each reading any values before it."""
     channels = {"x": 4}
     lines, weights, read = [], {}, set()
+    hidden: dict[str, int] = {}  # values that one node alone reads
     for i in range(draw(st.integers(2, most))):
         op = draw(st.sampled_from(OPS))
         a = draw(st.sampled_from(sorted(channels)))
         c = channels[a]
         v = f"v{i}"
         made = {v: c}
-        if op == "Conv":
+        if op in ("Conv", "ConvRelu"):
             made = {v: draw(st.sampled_from([2, 4]))}
             w = f"w{c}x{made[v]}"
             weights[w] = f"float[{made[v]},{c},1,1] {w} = {{{', '.join(['1'] * made[v] * c)}}}"
             line = f"{v} = Conv({a}, {w})"
+            if op == "ConvRelu":
+                hidden[f"t{i}"] = made[v]
+                line = f"t{i} = Conv({a}, {w}) [r{i}] {v} = Relu(t{i})"
         elif op == "Add":
             b = draw(st.sampled_from([n for n, size in sorted(channels.items()) if size == c]))
             read.add(b)
@@ -107,7 +100,7 @@ def random_graphs(draw: st.DrawFn, most: int = 9, side: int = 4) -> Graph:
     shown = ", ".join(f"float[1,{channels[n]},H,W] {n}" for n in outputs)
     constants = ", ".join([*weights.values(), "float two = {2}"])
     text = f"g (float[1,4,H,W] x) => ({shown}) <{constants}> {{ {' '.join(lines)} }}"
-    return graph(text, {n: (1, c, side, side) for n, c in channels.items()})
+    return graph(text, {n: (1, c, side, side) for n, c in (channels | hidden).items()})
 
 
 def graph(text: str, shapes: Mapping[str, tuple[int, ...]], target: Target = EXACT) -> Graph:
@@ -338,6 +331,29 @@ def test_max_pool_only_behind_what_runs_channels_last() -> None:
         forms(row(f"[m] a = Conv(x, w) [p] b = {pool}(a) [n] y = Conv(b, w)"), behind_float)
         == "--s"
     )
+
+
+def test_max_pool_behind_what_is_dearer_as_integer() -> None:
+    """It would gain, but not by as much as it would lose in front of it."""
+    pool = "MaxPool<kernel_shape = [1, 1]>"
+    made = row(f"[m] a = Conv(x, w) [p] b = {pool}(a) [n] y = Conv(b, w)")
+    costs = {"p": (9000, 0), "n": (9000, 0)}
+    assert forms(made, Request(measured={**costs, "m": (0, 90_000)})) == "--s"
+    assert forms(made, Request(measured={**costs, "m": (0, 8000)})) == "sss"
+
+
+def test_gain_is_for_costs_that_were_not_measured() -> None:
+    made = row("[m] a = Sigmoid(x) [n] y = Sigmoid(a)")
+    assert forms(made, Request(gain=1e4)) == "ss"
+    assert forms(made, Request(gain=1e4, measured={"m": (100, 0), "n": (100, 0)})) == "--"
+
+
+def test_noise_of_what_saturation_absorbs() -> None:
+    """That of the tensor behind it: the one before it is never rounded."""
+    made = row("[m] a = Conv(x, w) [r] y = Relu(a)")
+    gain = {"m": (9000, 0)}
+    assert forms(made, Request(measured=gain, price=1.0, noise={"a": 1e9})) == "sa"
+    assert forms(made, Request(measured=gain, price=1.0, noise={"y": 1e9})) == "--"
 
 
 def test_noise_is_paid_where_codes_are_made() -> None:

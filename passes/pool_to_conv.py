@@ -140,8 +140,6 @@ def _fold_pad(pad: ir.Node) -> bool:
         return False
     amounts = _amounts(pad)
     value = pad.inputs[2] if len(pad.inputs) > 2 else None
-    if attribute(pad, "value", 0.0) != 0.0:  # opset 10
-        return False
     if (
         attribute(pad, "mode", "constant") != "constant"
         or attribute(pad, "value", 0.0) != 0.0

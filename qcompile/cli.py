@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcompile.errors import PassError, QcompileError, RecipeError
@@ -18,6 +19,8 @@ from qcompile.options import COMMANDS, parser_of, recipe_of
 
 if TYPE_CHECKING:
     from qcompile.progress import Progress
+
+SUFFIX = ".stats"  # of statistics, as `qcompile.calib.statistics` has it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,15 +121,36 @@ def _run_compile(args: argparse.Namespace) -> Answer:
     result = compile_model(
         args.model, args.data, output=args.output, recipe=recipe_of(args),
         plan=None if args.plan is None else load_plan(args.plan), report=args.report,
-        progress=_progress(args),
+        progress=_progress(args), stats=args.stats, force=args.force,
     )  # fmt: skip
-    if result.exit_code in (0, 4) and args.data is not None:  # what was given stays given
+    if (
+        result.exit_code in (0, 4) and (args.data or args.stats) is not None
+    ):  # what was given stays given
         if args.report is None:
             command = f"qcompile {shlex.join([*args.words, '--report', 'report/'])}   # every node, its kernel and its reason"
         else:
             command = f"read {args.report / 'report.md'}: every node, its kernel and its reason"
         result = dataclasses.replace(result, next_command=command)
     return Answer(result.exit_code, dataclasses.asdict(result), lambda: show_result(result))
+
+
+def _run_calibrate(args: argparse.Namespace) -> Answer:
+    from qcompile.calib.ranges import METHODS  # noqa: PLC0415
+    from qcompile.calibrate import calibrate_model  # noqa: PLC0415
+    from qcompile.show import SHOWN, show_calibration  # noqa: PLC0415
+    from qcompile.survey import survey  # noqa: PLC0415
+
+    made = calibrate_model(
+        args.model, args.data, output=args.output, merged=args.merge, recipe=recipe_of(args),
+        target=args.target, held_out=args.held_out, gram=args.gram, force=args.force,
+        progress=_progress(args),
+    )  # fmt: skip
+    table = survey(made.statistics, METHODS if args.json else (SHOWN,))
+    table |= {
+        "output": str(made.output), "passes": made.passes, "together": made.together,
+        "notes": list(made.notes),
+    }  # fmt: skip
+    return Answer(0, table, lambda: show_calibration(table, args.model))
 
 
 def _run_plan(args: argparse.Namespace) -> Answer:
@@ -143,6 +167,13 @@ def _run_inspect(args: argparse.Namespace) -> Answer:
     from qcompile.commands import inspect_model  # noqa: PLC0415
     from qcompile.show import show_table  # noqa: PLC0415
 
+    if args.model.endswith(SUFFIX):
+        from qcompile.calib.store import load  # noqa: PLC0415
+        from qcompile.show import show_calibration  # noqa: PLC0415
+        from qcompile.survey import survey  # noqa: PLC0415
+
+        found = survey(load(Path(args.model)))
+        return Answer(0, found, lambda: show_calibration(found, ""))
     table = inspect_model(args.model)
     return Answer(0, table, lambda: show_table(table))
 
@@ -177,6 +208,6 @@ def _run_targets(args: argparse.Namespace) -> Answer:
 
 
 _RUN: dict[str, Callable[[argparse.Namespace], Answer]] = {
-    "compile": _run_compile, "plan": _run_plan, "inspect": _run_inspect, "verify": _run_verify,
+    "compile": _run_compile, "calibrate": _run_calibrate, "plan": _run_plan, "inspect": _run_inspect, "verify": _run_verify,
     "bench": _run_bench, "targets": _run_targets,
 }  # fmt: skip

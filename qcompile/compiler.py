@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompile import finish, search
+from qcompile.errors import DataError
 from qcompile.keep import unmet
 from qcompile.opened import open_model
 from qcompile.plan.plan import Form, Plan
@@ -30,6 +31,8 @@ def compile_model(
     plan: Plan | None = None,
     report: str | Path | None = None,
     progress: Progress | None = None,
+    stats: str | Path | None = None,
+    force: bool = False,
 ) -> Result:
     """A verified quantized model at `output`, and what is to be known of it.
 
@@ -43,6 +46,8 @@ def compile_model(
         plan: an edited plan that fixes the forms of its nodes.
         report: folder that receives `report.json`, `report.md` and `plan.json`.
         progress: shows the stages; None: silent.
+        stats: statistics of `qcompile calibrate`, in place of `data`; with both, the data judges the result.
+        force: use the statistics even if they are of another model, other data or other versions.
 
     Raises:
         ModelError: the model cannot be read, run or compiled.
@@ -52,13 +57,16 @@ def compile_model(
     """
     start = time.perf_counter()
     show = progress or Silent()
-    read = {"the calibration data": data, "the recipe": recipe, "the target": target}
+    read = {
+        "the calibration data": data, "the recipe": recipe, "the target": target,
+        "the statistics": stats,
+    }  # fmt: skip
     paths = {kind: Path(v) for kind, v in read.items() if isinstance(v, str | Path)}
     tokenizer = recipe.data.tokenizer if isinstance(recipe, Recipe) else None
     place = finish.output_path(model, output, {**paths, "the tokenizer": tokenizer})
     if report is not None:
         check_folder(Path(report))
-    opened = open_model(model, data, recipe, target, show)
+    opened = open_model(model, data, recipe, target, show, stats=stats, force=force)
     request = opened.request(plan)
     shop = Workshop(
         opened.prepared,
@@ -68,12 +76,16 @@ def compile_model(
         opened.samples,
         opened.reference(),
         show,
+        opened.statistics,
     )
-    # Ranges are gathered for more nodes than seem to pay: measured times may turn out in their favour.
-    widest = shop.plan(dataclasses.replace(request, gain=6.0, border=0.2))
+    widest = shop.widest(request)
     if widest.of(Form.STATIC, Form.FREE):
-        shop.calibrate(widest)
+        opened.notes.extend(shop.calibrate(widest))
         request = dataclasses.replace(request, keep_float={**shop.unusable(), **request.keep_float})
+    elif opened.recipe.skip_bad:
+        opened.notes.extend(shop.drop_bad())
+    if opened.samples is not None and not opened.samples.held_out_count:
+        raise DataError("every held-out sample is bad: give more samples with --data.")
     calibrated = frozenset(entry.node for entry in widest.of(Form.STATIC, Form.FREE))
     request = dataclasses.replace(request, only=calibrated)
     draft = shop.plan(request)

@@ -9,9 +9,12 @@ from typing import Any
 
 import onnx_ir as ir
 
+from qcompile.calib import store
 from qcompile.calib.data import Data, open_data
-from qcompile.calib.split import Samples
+from qcompile.calib.split import Judges, Samples
+from qcompile.calib.statistics import Statistics, check_data, check_model, check_versions, settle
 from qcompile.graph import io
+from qcompile.graph.digest import digest
 from qcompile.graph.edit import nodes
 from qcompile.inputs import MADE_UP, check_compilable, input_specs, running, stand_in
 from qcompile.keep import fixed_forms, match_patterns
@@ -21,10 +24,11 @@ from qcompile.prepare import prepare
 from qcompile.progress import Progress, Silent
 from qcompile.recipe import Recipe, load_recipe
 from qcompile.run.probe import Fact, probe
-from qcompile.run.session import Feed, Options, Session
+from qcompile.run.session import Feed, Options, Session, version
 from qcompile.targets.schema import Target, load_target
 from qcompile.verify.compare import Reference
 from qcompile.verify.slices import parts_of
+from qcompile.version import __version__
 
 
 @dataclasses.dataclass
@@ -37,11 +41,12 @@ class Opened:
     prepared: ir.Model
     target: Target
     recipe: Recipe
-    samples: Samples | None
+    samples: Judges | None
     feed: Feed
     facts: Mapping[str, Fact]
     notes: list[str]
     data: str = ""  # how the samples were named on the command line
+    statistics: Statistics | None = None  # gathered before
 
     @property
     def guessed(self) -> bool:
@@ -85,9 +90,12 @@ class Opened:
 def open_model(
     model: str | Path | ir.Model | Any, data: str | Path | Iterable[Any] | None = None,
     recipe: str | Path | Recipe | None = None, target: str | None = None,
-    progress: Progress | None = None,
+    progress: Progress | None = None, *, stats: str | Path | None = None, force: bool = False,
+    held_out: int | None = None,
 ) -> Opened:  # fmt: skip
     """Everything that needs no plan: the float session, the prepared graph, types and shapes.
+
+    At most `held_out` samples are held out, if it is given; all else is as for `compile_model`.
 
     Raises:
         ModelError, DataError, RecipeError: as `compile_model`.
@@ -101,10 +109,13 @@ def open_model(
         session = Session(_source(model, original), Options("all", threads=chosen.threads))
         specs = input_specs(session, original)
     notes: list[str] = []
-    samples = None
+    samples: Judges | None = None
     if data is not None:
         source: Data = open_data(data, specs, chosen.data, normalizes=_normalizes(original))
-        samples, notes = Samples(source), list(source.notes)
+        samples, notes = Samples(source, held_out), list(source.notes)
+    statistics = None
+    if stats is not None:
+        statistics, samples = _statistics(Path(stats), model, original, samples, force=force)
     with show.stage("preparing"):
         prepared, _ = prepare(original.clone())
         feed = stand_in(specs) if samples is None else samples.first()
@@ -115,8 +126,41 @@ def open_model(
     path = Path(model) if isinstance(model, str | Path) else None
     named = str(data) if isinstance(data, str | Path) else ""
     return Opened(
-        path, original, session, prepared, aim, chosen, samples, feed, facts, notes, named
+        path,
+        original,
+        session,
+        prepared,
+        aim,
+        chosen,
+        samples,
+        feed,
+        facts,
+        notes,
+        named,
+        statistics,
     )
+
+
+def versions() -> dict[str, str]:
+    """What prepares and runs the model: with other versions tensors may have other names or values."""
+    return {"qcompile": __version__, "onnxruntime": version()}
+
+
+def _statistics(
+    path: Path, model: Any, original: ir.Model, samples: Judges | None, *, force: bool
+) -> tuple[Statistics, Judges]:
+    """Statistics that fit the model and the data, if there is some; and the samples that judge."""
+    found = store.load(path)
+    title = Path(model).name if isinstance(model, str | Path) else "the model given"
+    mismatches = [
+        *check_model(found, str(path), digest(original), title),
+        *check_versions(found, str(path), versions()),
+    ]
+    if isinstance(samples, Samples):
+        mismatches += check_data(found, str(path), samples.digest, samples.description)
+    forced = (*found.forced, *settle(mismatches, force=force))
+    found = dataclasses.replace(found, forced=forced)
+    return found, found.judges() if samples is None else samples
 
 
 def _source(model: Any, original: ir.Model) -> ir.Model | Path:

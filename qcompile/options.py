@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 
 _IMAGE = ("size", "resize", "crop", "mean", "std", "scale", "layout", "color")
 _DATA = ("samples", "tokenizer", "max_tokens")
-_OWN = ("ranges", "target", "threads", "format", "sqnr_goal", "min_sqnr")
+_OWN = ("ranges", "target", "threads", "format", "sqnr_goal", "min_sqnr", "memory", "skip_bad")
+
+_RANGES = ("auto", "minmax", "mean", "moving-average", "percentile", "mse", "kl")
 
 _TEXT = """Makes a quantized (INT8) copy of an ONNX model that is smaller and runs faster in ONNX Runtime
 on a CPU, compares it with the original on your data, times both, and says what it found."""
@@ -34,6 +37,7 @@ examples:
   qcompile model.onnx --data photos/ --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
 
 other commands, each with --help:
+  qcompile calibrate MODEL      statistics of the samples, to keep, join, and compile from with --stats
   qcompile plan MODEL           what would become of each node, and why; -o writes it, to edit
   qcompile inspect MODEL        inputs, outputs, operators and weights of a model
   qcompile verify FP32 QUANT    the error of a quantized model, made by any tool
@@ -116,6 +120,16 @@ def _compile() -> Parser:
         help="where the result goes (MODEL.int8.onnx beside the model)",
     )  # fmt: skip
     _add_data(parser, "calibration data; without it only what needs none is quantized")
+    _add_calibration(parser)
+    group = parser.add_argument_group("statistics")
+    group.add_argument(
+        "--stats", type=Path, metavar="FILE",
+        help="statistics of `qcompile calibrate`, in place of data; with --data that only judges",
+    )  # fmt: skip
+    group.add_argument(
+        "--force", action="store_true",
+        help="use them even if they are of another model, other data or another version",
+    )  # fmt: skip
     _add_choices(parser)
     group = parser.add_argument_group("what is accepted")
     group.add_argument(
@@ -132,6 +146,42 @@ def _compile() -> Parser:
         help="write report.md, report.json and plan.json into this folder",
     )  # fmt: skip
     _add_manners(group)
+    return parser
+
+
+def _calibrate() -> Parser:
+    parser = Parser(
+        "qcompile calibrate", "MODEL.onnx --data SOURCE [-o FILE] [options]",
+        "Gathers statistics of the model's tensors in one streaming pass: ranges of every sample, histograms,\n"
+        "moments and ranges of channels. Every range method works from them later:\n"
+        "qcompile MODEL.onnx --stats MODEL.stats", _EPILOG,
+    )  # fmt: skip
+    parser.add_argument("model", metavar="MODEL.onnx", help="the float model")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="where they go (MODEL.stats beside it)"
+    )
+    _add_data(parser, "samples to gather statistics of")
+    _add_calibration(parser)
+    parser.add_argument(
+        "--merge", type=Path, nargs="+", action="extend", metavar="FILE", default=[],
+        help="statistics of other samples of the same model, to be joined in this order, before --data",
+    )  # fmt: skip
+    parser.add_argument(
+        "--held-out", type=_at_least(0), metavar="N",
+        help="samples that are kept out of the statistics and stored with them, to judge results on (every"
+        " fifth, 24 at most; 0: all calibrate, and --stats then needs --data too)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--gram", action="store_true",
+        help="also gather X'X of what weights are multiplied with, as GPTQ needs it: large, and slower",
+    )  # fmt: skip
+    parser.add_argument(
+        "--target", metavar="NAME|FILE", help="machine to compile for (auto: this one)"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="merge in spite of mismatches, which is recorded"
+    )
+    _add_manners(parser.add_argument_group("what is told"))
     return parser
 
 
@@ -201,7 +251,7 @@ def _targets() -> Parser:
 
 
 _MAKERS: dict[str, Callable[[], Parser]] = {
-    "compile": _compile, "plan": _plan, "inspect": _inspect, "verify": _verify, "bench": _bench,
+    "compile": _compile, "calibrate": _calibrate, "plan": _plan, "inspect": _inspect, "verify": _verify, "bench": _bench,
     "targets": _targets,
 }  # fmt: skip
 COMMANDS = tuple(name for name in _MAKERS if name != "compile")
@@ -226,9 +276,10 @@ def _add_choices(parser: Parser) -> None:
     group.add_argument(
         "--target", metavar="NAME|FILE", help="machine to compile for (auto: this one)"
     )
-    _add_choice(
-        group, "--ranges", ("auto", "mean", "minmax", "percentile", "mse", "kl"),
-        "how ranges of activations are chosen (auto: several are tried on held-out samples)",
+    group.add_argument(
+        "--ranges", type=_ranges, metavar="|".join(_RANGES),
+        help="how ranges of activations are chosen (auto: several are tried on held-out samples;"
+        " percentile:99.9 keeps so many percent of the values)",
     )  # fmt: skip
     _add_choice(
         group, "--format", ("auto", "qdq", "fused"),
@@ -268,6 +319,32 @@ def _add_data(parser: Parser, what: str) -> None:
     )
     _add_choice(group, "--layout", ("nchw", "nhwc"), "where the channels of the input are")
     _add_choice(group, "--color", ("rgb", "bgr", "gray"), "order of the channels")
+
+
+def _add_calibration(parser: Parser) -> None:
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
+        "--memory", type=_bytes, metavar="SIZE",
+        help="what observed tensors may take, as 512MB; with less the data is read more often (256MB)",
+    )  # fmt: skip
+    group.add_argument(
+        "--skip-bad", action="store_true", default=None,
+        help="leave out samples for which the float model makes NaN or infinities",
+    )  # fmt: skip
+
+
+def _ranges(text: str) -> str:
+    if text not in _RANGES and not text.startswith("percentile:"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(_RANGES)}")
+    return text
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", text.strip().lower())
+    size = 0 if match is None else int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512MB or 2GB")
+    return size
 
 
 def _add_choice(

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from qcompile.calib.data import DataOptions
+from qcompile.calib.observe import MEMORY
+from qcompile.calib.ranges import method
 from qcompile.errors import RecipeError, nearest
 from qcompile.table import fill, read_text, read_toml
 
-Ranges = Literal["auto", "mean", "minmax", "percentile", "mse", "kl"]
 Format = Literal["auto", "qdq", "fused"]
 
 
@@ -26,7 +27,8 @@ class Recipe:
     Attributes:
         name: shown in reports.
         target: a target's name, a target file, or `auto` for this machine.
-        ranges: how activation ranges are chosen; `auto` tries several on held-out samples.
+        ranges: how activation ranges are chosen: a method of `qcompile.calib.ranges`, or `auto`, which tries
+            several on held-out samples.
         format: `qdq` is portable Q/DQ, `fused` writes ORT's integer operators, `auto` takes the faster.
         keep_float: patterns of node names or operator types that stay float.
         static, dynamic: whether these forms may be used at all.
@@ -36,6 +38,8 @@ class Recipe:
             harmful nodes float, as long as the result stays faster than float; 0 turns it off.
         min_sqnr: decibels that must be reached; missing them is exit code 3. None: no limit.
         threads: intra-op threads for all runs; 0 leaves it to ORT.
+        memory: bytes that observed tensors may take while samples run; with less, the data is read more often.
+        skip_bad: leave out samples for which the float model makes NaN or infinities, instead of failing.
         bench_seconds: how long each timing lasts.
         data: where samples come from is given apart; this is how they are read.
 
@@ -45,7 +49,7 @@ class Recipe:
 
     name: str = "int8"
     target: str = "auto"
-    ranges: Ranges = "auto"
+    ranges: str = "auto"
     format: Format = "auto"
     keep_float: tuple[str, ...] = ()
     static: bool = True
@@ -55,17 +59,21 @@ class Recipe:
     sqnr_goal: float = 18.0
     min_sqnr: float | None = None
     threads: int = 0
+    memory: int = MEMORY
+    skip_bad: bool = False
     bench_seconds: float = 1.0
     data: DataOptions = dataclasses.field(default_factory=DataOptions)
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("ranges", self.ranges, get_args(Ranges)), ("format", self.format, get_args(Format)),
-        ):  # fmt: skip
-            if value not in known:
-                raise RecipeError(
-                    f"{name} is {value!r}, not one of {', '.join(known)}.{nearest(value, known)}"
-                )
+        if self.ranges != "auto":
+            method(self.ranges)
+        if self.format not in get_args(Format):
+            known = get_args(Format)
+            raise RecipeError(
+                f"format is {self.format!r}, not one of {', '.join(known)}.{nearest(self.format, known)}"
+            )
+        if self.memory < 1:
+            raise RecipeError(f"memory is {self.memory}: give a number of bytes above 0.")
         if isinstance(self.keep_float, str):
             raise RecipeError(
                 f"keep_float is the text {self.keep_float!r}: give a tuple of patterns."

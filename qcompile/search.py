@@ -67,11 +67,19 @@ def _choose_ranges(shop: Workshop, plan: Plan, form: Format, history: History) -
             shop.judge(attempt, _QUICK)
             attempts.append(attempt)
             step(1, None)
+        if len(attempts) > 1:  # and a mixture of all methods
+            general = min(attempts, key=lambda a: a.noise).ranging.method
+            mixed = Ranging(general, tune.local_ranges(shop, plan))
+            attempts.append(shop.attempt(plan, mixed, form))
+            shop.judge(attempts[-1], _QUICK)
     best = min(attempts, key=lambda a: a.noise)
     if 0 < len(plan.of(Form.STATIC)) <= LARGE and shop.recipe.bias_correction:
         best = _shifted(shop, best)
     if len(attempts) > 1:
-        tried = ", ".join(f"{a.ranging.method} {a.db:.1f} dB" for a in attempts)
+        tried = ", ".join(
+            f"{'by tensor' if a.ranging.single else a.ranging.method} {a.db:.1f} dB"
+            for a in attempts
+        )
         history.notes.append(f"Ranges on held-out samples, worst output slice: {tried}.")
     return best
 

@@ -15,6 +15,8 @@ from qcompile.plan.plan import Plan
 from qcompile.report import Result, grouped_float
 
 _WORST = 6  # output slices shown
+_TENSORS = 12  # of a calibration
+SHOWN = "mse"  # the range method whose ranges are shown
 
 
 def show_result(result: Result) -> None:
@@ -94,6 +96,48 @@ def show_outputs(facts: Mapping[str, Any]) -> None:
     console.print(f"{facts['samples']} sample{'s' * (facts['samples'] != 1)}")
     for sentence in facts["warnings"]:
         console.print(f"[yellow]warning:[/] {escape(sentence)}")
+
+
+def show_calibration(facts: Mapping[str, Any], model: str) -> None:
+    """What statistics hold: the tensors whose values spread most first."""
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(
+        f"{len(facts['tensors'])} tensors over {facts['samples']} samples of {escape(facts['model'])}"
+        + (f", {facts['skipped']} bad ones left out" if facts["skipped"] else "")
+    )
+    for shard in facts["data"]:
+        console.print(f"  {shard['samples']} of {escape(shard['description'])}")
+    table = Table(show_edge=False, pad_edge=False)
+    for title in ("seen", "deviation", "zeros", f"range by {SHOWN}"):
+        table.add_column(title, justify="right")
+    table.add_column("tensor, widest spread first", no_wrap=True)
+    ranked = sorted(facts["tensors"], key=lambda row: -(row["spread"] or 0.0))
+    for row in ranked[:_TENSORS]:
+        low, high = row["ranges"][SHOWN]
+        table.add_row(
+            f"{row['min']:.4g} .. {row['max']:.4g}", _or_dash(row["deviation"], ".3g"),
+            _or_dash(row["zeros"], ".0%"), f"{low:.4g} .. {high:.4g}", escape(row["name"]),
+        )  # fmt: skip
+    console.print(table)
+    if len(ranked) > _TENSORS:
+        console.print(
+            f"  ... and {len(ranked) - _TENSORS} more (--json has all, and the ranges by every method)"
+        )
+    for name, why in list(facts["unobserved"].items())[:_WORST]:
+        console.print(f"not observed: {escape(name)}: {escape(why)}")
+    for sentence in facts.get("notes", ()):
+        console.print(f"note: {escape(sentence)}")
+    if facts.get("output"):
+        console.print(
+            f"wrote {escape(facts['output'])}: {facts['held_out']} held-out samples are in it, for judging"
+        )
+        data = "" if facts["held_out"] else " --data SAMPLES"
+        command = shlex.join(["qcompile", model, "--stats", facts["output"]])
+        console.print(f"next: {escape(command + data)}")
+
+
+def _or_dash(value: float | None, how: str) -> str:
+    return "-" if value is None else format(value, how)
 
 
 def show_plan(plan: Plan, model: str, output: Path | None) -> None:

@@ -1,4 +1,4 @@
-"""What a pass is, and what it answers."""
+"""What a pass is, what it asks for, and what it answers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,45 @@ import abc
 import dataclasses
 import logging
 import time
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import onnx_ir as ir
 
 logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Need:
+    """Statistics of a tensor that a pass or a solver asks for, beside its count and range.
+
+    Attributes:
+        tensor: its name in the prepared graph.
+        histogram: of its values.
+        channels: mean, second moment and range of each channel.
+        gram: X'X over the rows of the tensor, as GPTQ wants it; channels come with it.
+    """
+
+    tensor: str
+    histogram: bool = False
+    channels: bool = False
+    gram: bool = False
+
+    def __or__(self, other: Need) -> Need:
+        """What both ask for, of one tensor."""
+        assert self.tensor == other.tensor
+        return Need(
+            self.tensor, self.histogram or other.histogram, self.channels or other.channels,
+            self.gram or other.gram,
+        )  # fmt: skip
+
+
+def merge_needs(needs: Iterable[Need]) -> dict[str, Need]:
+    """One need a tensor, by name, in the order in which tensors are first asked for."""
+    merged: dict[str, Need] = {}
+    for need in needs:
+        merged[need.tensor] = merged[need.tensor] | need if need.tensor in merged else need
+    return merged
 
 
 @dataclasses.dataclass
@@ -29,6 +63,11 @@ class Pass(abc.ABC):
     """
 
     name: ClassVar[str]
+
+    def needs(self, model: ir.Model) -> Sequence[Need]:
+        """The statistics that the pass wants to have; those of all passes are gathered in one run."""
+        del model
+        return ()
 
     @abc.abstractmethod
     def apply(self, model: ir.Model) -> Outcome:

@@ -9,17 +9,20 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from qcompile.calib.observe import with_outputs
+from qcompile.calib.ranges import METHODS
+from qcompile.calib.taps import with_outputs
 from qcompile.errors import ModelError
 from qcompile.graph.edit import is_op
 from qcompile.plan.make import Request
 from qcompile.plan.plan import Form, Plan
 from qcompile.quant.scheme import QParams, Scheme
+from qcompile.verify.local import LocalErrors, best_methods
 from qcompile.verify.sensitivity import Meter, Noise, improve_ranges, measure, switched
 from qcompile.workshop import Attempt, Ranging, Workshop
 
 logger = logging.getLogger(__name__)
 
+_LOCAL = 4  # held-out samples that ranges are chosen on, tensor by tensor
 _SAMPLES = 3  # calibration samples that sensitivities are measured on
 _LARGE = 160  # sites: above, one sample and groups only, so that the time stays linear in the graph
 _GROUPS = 24
@@ -76,6 +79,21 @@ def _scores(model: ir.Model) -> list[str]:
         made = source is not None and source.producer() is not None and source.graph is model.graph
         names.append((source.name if made and source is not None else value.name) or "")
     return list(dict.fromkeys(names))
+
+
+def local_ranges(shop: Workshop, plan: Plan) -> dict[str, str]:
+    """For each root the range method that leaves least error in what its readers make of it, on held-out samples."""
+    tables = {name: shop.parameters(plan, Ranging(name)) for name in METHODS}
+    code_type = ir.DataType(Scheme.parse(plan.activation).qtype.onnx_type)
+    try:
+        meter = LocalErrors(
+            shop.prepared, plan, shop.coding(plan), code_type, threads=shop.recipe.threads
+        )
+        errors = meter.measure(tables, shop.held_out(_LOCAL))
+    except ModelError as error:
+        logger.warning("ranges were not chosen by tensor: %s", error)
+        return {}
+    return best_methods(errors, meter.roots)
 
 
 def tune_ranges(shop: Workshop, best: Attempt, found: Sensitivity) -> dict[str, str]:

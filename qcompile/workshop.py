@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -11,21 +12,27 @@ import onnx_ir as ir
 
 from qcompile.build import Format, Solution, build
 from qcompile.calib.moments import rounding_shift
-from qcompile.calib.observe import Want, observe, with_outputs
-from qcompile.calib.ranges import HISTOGRAM_METHODS, METHODS
-from qcompile.calib.split import Samples
+from qcompile.calib.observe import Observed, Settings, observe
+from qcompile.calib.ranges import AUTO, method, needs_histogram
+from qcompile.calib.reading import Bad
+from qcompile.calib.split import Judges, Samples
+from qcompile.calib.statistics import Statistics
 from qcompile.calib.stats import TensorStats
+from qcompile.calib.taps import with_outputs
 from qcompile.plan.candidates import Candidate
 from qcompile.plan.make import Request, find_candidates, make_plan
 from qcompile.plan.plan import Form, Plan
 from qcompile.plan.tensors import Coding, coding
+from qcompile.prepare import PASSES
 from qcompile.progress import Progress
-from qcompile.quant.scheme import QParams
+from qcompile.quant.scheme import QParams, Scheme
 from qcompile.recipe import Recipe
 from qcompile.run.probe import Fact
-from qcompile.run.session import Options, Session
-from qcompile.solve.activations import solve_activations
+from qcompile.run.session import Feed, Options, Session
+from qcompile.solve.activations import grid_of, solve_activations
+from qcompile.solve.needs import named, notes_on, wanted
 from qcompile.solve.weights import InputMoments, solve_weights
+from qcompile.step import Need, Pass
 from qcompile.targets.schema import Target
 from qcompile.verify.compare import Comparison, Reference
 from qcompile.verify.slices import concat_behind, parts_of
@@ -40,7 +47,7 @@ class Ranging:
     """How activation ranges and biases are found.
 
     Attributes:
-        method: of `qcompile.calib.ranges`, for all tensors but those in `single`.
+        method: name of one of `qcompile.calib.ranges`, for all tensors but those in `single`.
         single: method of single tensors, by root name.
         shift: biases are corrected for the mean error of the inputs, not only of the weights.
     """
@@ -78,12 +85,16 @@ class Workshop:
 
     def __init__(
         self, prepared: ir.Model, target: Target, facts: Mapping[str, Fact], recipe: Recipe,
-        samples: Samples | None, reference: Reference, progress: Progress,
+        samples: Judges | None, reference: Reference, progress: Progress,
+        stored: Statistics | None = None,
     ) -> None:  # fmt: skip
         self.prepared, self.target, self.facts, self.recipe = prepared, target, facts, recipe
         self.samples, self.reference, self.progress = samples, reference, progress
         self.found = find_candidates(prepared, target, facts)
+        self.steps: Sequence[Pass] = PASSES  # whose needs are gathered
+        self.stored = stored  # gathered before, in place of samples that calibrate
         self.stats: Mapping[str, TensorStats] = {}
+        self.lacking: frozenset[str] = frozenset()  # coded tensors of which nothing is known
         self.methods: tuple[str, ...] = ("minmax",)
         self.base: Coding | None = None  # of the plan that was calibrated
         self._shifts: dict[tuple[str, float, int], npt.NDArray[np.float64]] = {}
@@ -101,31 +112,78 @@ class Workshop:
         """The coded tensors of a plan."""
         return coding(self.prepared, plan, self.found)
 
-    def calibrate(self, plan: Plan) -> None:
-        """Statistics of every tensor that the plan, or any with fewer integer nodes, may need.
+    def widest(self, request: Request) -> Plan:
+        """A plan of more integer nodes than seem to pay: measured times may turn out in their favour.
+
+        Where no node at all seems to pay as a static one, none will.
+        """
+        draft = self.plan(request)
+        if not draft.of(Form.STATIC, Form.FREE):
+            return draft
+        return self.plan(dataclasses.replace(request, gain=6.0, border=0.2))
+
+    def calibrate(self, plan: Plan) -> tuple[str, ...]:
+        """Statistics of every tensor that the plan, or any with fewer integer nodes, may need; notes on them.
 
         Raises:
-            DataError: a tensor holds NaN.
+            DataError: a tensor holds NaN, or stored statistics lack one.
         """
-        assert self.samples is not None
         ranges = self.recipe.ranges
-        several = ("mean", "minmax", "mse") if len(plan.of(Form.STATIC)) <= LARGE else ("mean",)
+        several = AUTO if len(plan.of(Form.STATIC)) <= LARGE else ("mean",)
         self.methods = several if ranges == "auto" else (ranges,)
-        histogram = any(method in HISTOGRAM_METHODS for method in self.methods)
-        inputs = self._conv_inputs(plan)
         self.base = self.coding(plan)
-        wanted = {
-            value.name or "": Want(histogram, channels=value.name in inputs)
-            for value in self.base.tensors
-        }
-        wanted |= {name: Want(histogram, channels=True) for name in inputs}
-        total = self.samples.calibration_count
+        needs = wanted(
+            self.prepared, self.base, self._conv_inputs(plan), self.steps,
+            histogram=any(map(needs_histogram, self.methods)),
+        )  # fmt: skip
+        if self.stored is not None:
+            self.stats, self.lacking = named(self.base, self.stored.tensors)
+            return self.stored.forced
+        found = self.observe(needs)
+        self.stats, self.lacking = named(self.base, found.tensors)
+        return notes_on(found, self.recipe.memory)
+
+    def observe(self, needs: Mapping[str, Need]) -> Observed:
+        """One streaming run over the calibration samples.
+
+        Raises:
+            DataError: a tensor holds NaN or an infinity that is no mask.
+        """
+        assert isinstance(self.samples, Samples)
+        samples, recipe = self.samples, self.recipe
+        settings = Settings(recipe.memory, skip_bad=recipe.skip_bad)
+        total = samples.calibration_count
         with self.progress.stage("calibrating", total) as step:
             found = observe(
-                self.prepared, wanted, self.samples.calibration, self.facts, threads=self.recipe.threads,
-                tick=lambda number, passes: step(1, total * passes if number == 0 else None),
+                self.prepared, needs, samples.calibration, self.facts, settings,
+                lambda number, passes: step(1, total * passes if number == 0 else None),
             )  # fmt: skip
-        self.stats = found.tensors
+            if recipe.skip_bad:  # those held out must be good as well
+                judged = self._judged(needs, found.infinite)
+                samples.leave_out({bad.sample for bad in found.bad})
+                found = dataclasses.replace(found, bad=(*found.bad, *judged))
+        return found
+
+    def drop_bad(self) -> tuple[str, ...]:
+        """Leaves out held-out samples that are bad, where nothing is calibrated; notes on them."""
+        if not isinstance(self.samples, Samples):
+            return ()
+        outputs = [value.name or "" for value in self.prepared.graph.outputs]
+        floats = [n for n in outputs if n in self.facts and self.facts[n].is_float]
+        bad = self._judged({name: Need(name) for name in floats}, None)
+        return notes_on(Observed({}, 0, 1, bad), self.recipe.memory)
+
+    def _judged(
+        self, needs: Mapping[str, Need], infinite: frozenset[str] | None
+    ) -> tuple[Bad, ...]:
+        """The bad ones of the held-out samples, which are left out from now on."""
+        assert isinstance(self.samples, Samples)
+        settings = Settings(
+            self.recipe.memory, skip_bad=True, allow_all_bad=True, infinite=infinite
+        )
+        found = observe(self.prepared, needs, self.samples.numbered, self.facts, settings)
+        self.samples.leave_out({bad.sample for bad in found.bad})
+        return found.bad
 
     def _conv_inputs(self, plan: Plan) -> set[str]:
         names = set()
@@ -137,8 +195,11 @@ class Workshop:
 
     def unusable(self) -> dict[str, str]:
         """Nodes that read or make a tensor no scale can serve, and why they cannot be static."""
-        extreme = {
-            name: max(stats.low, stats.high, key=abs)
+        why = dict.fromkeys(self.lacking, "is not in the statistics")
+        why |= {
+            name: "is infinite in the calibration data"
+            if stats.infinite
+            else f"reaches {max(stats.low, stats.high, key=abs):g} in the calibration data"
             for name, stats in self.stats.items()
             if not stats.bounded
         }
@@ -150,10 +211,8 @@ class Workshop:
                 "embedding",
             ):
                 for value in (*item.data, item.result):
-                    if value.name in extreme:
-                        reasons[name] = (
-                            f"tensor {value.name!r} reaches {extreme[value.name]:g} in the calibration data"
-                        )
+                    if value.name in why:
+                        reasons[name] = f"tensor {value.name!r} {why[value.name]}"
         return reasons | self._drowned()
 
     def _drowned(self) -> dict[str, str]:
@@ -173,9 +232,13 @@ class Workshop:
         params = self.parameters(plan, ranging)
         moments: dict[str, InputMoments] = {}
         if self.recipe.bias_correction and self.samples is not None:
-            inputs = [n for n in self._conv_inputs(plan) if self.stats[n].sums is not None]
+            inputs = [n for n in self._conv_inputs(plan) if self.stats[n].channels is not None]
             shifts = self._shift({n: params[n] for n in sorted(inputs)}) if ranging.shift else {}
-            moments = {n: InputMoments(self.stats[n].mean(), shifts.get(n)) for n in inputs}
+            moments = {
+                n: InputMoments(channels.mean(), shifts.get(n))
+                for n in inputs
+                if (channels := self.stats[n].channels) is not None
+            }
         weights = solve_weights(
             plan,
             self.found,
@@ -188,8 +251,9 @@ class Workshop:
 
     def parameters(self, plan: Plan, ranging: Ranging) -> dict[str, QParams]:
         """Parameters of all coded tensors."""
+        grid = grid_of(Scheme.parse(plan.activation))
         single = {
-            n: METHODS[m](self.stats[n]) for n, m in ranging.single.items() if n in self.stats
+            n: method(m)(self.stats[n], grid) for n, m in ranging.single.items() if n in self.stats
         }
         return solve_activations(plan, self.coding(plan), self.stats, ranging.method, single)
 
@@ -203,6 +267,10 @@ class Workshop:
             value.name or "": parts_of(value, self.facts) for value in self.prepared.graph.outputs
         }
         return Reference(session, lambda: iter(kept), parts)
+
+    def held_out(self, most: int) -> list[Feed]:
+        """The first held-out feeds."""
+        return [] if self.samples is None else list(itertools.islice(self.samples.held_out(), most))
 
     def _shift(self, params: Mapping[str, QParams]) -> dict[str, npt.NDArray[np.float64]]:
         """Mean rounding error of the tensors' channels; remembered, as attempts share most parameters."""

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("clock")
         (["m.onnx", "n.onnx"], "'n.onnx' is one word too many: see `qcompile --help`."),
         (["m.onnx", "-o"], "-o/--output needs a value: see `qcompile --help`."),
         (["-q", "plan", "m.onnx"], "the command comes first: qcompile plan ..."),
-        (["m.onnx", "--ranges", "ms"], "--ranges: 'ms' is not one of auto, mean, minmax, percentile, mse, kl: see"),
+        (["m.onnx", "--ranges", "ms"], "--ranges: 'ms' is not one of auto, minmax, mean, moving-average, percentile, mse, kl: see"),
         (["m.onnx", "--threads", "x"], "--threads: 'x' is not a whole number of 0 or more: see"),
         (["m.onnx", "--samples", "0"], "--samples: '0' is not a whole number of 1 or more: see"),
         (["m.onnx", "--min-sqnr", "nan"], "--min-sqnr: 'nan' is not a number: see"),

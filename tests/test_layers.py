@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     "errors", "version", "progress", "table", "quant", "graph", "step", "targets", "run", "plan",
     "calib", "recipe", "algo", "solve", "passes", "prepare", "build", "verify", "report", "inputs",
-    "keep", "opened", "workshop", "faster", "tune", "search", "finish", "compiler", "commands", "show", "options",
-    "cli", "__main__", "qcompile",
+    "keep", "opened", "workshop", "faster", "tune", "search", "finish", "compiler", "calibrate", "commands", "survey",
+    "show", "options", "cli", "__main__", "qcompile",
 )  # fmt: skip
 # What only annotations need may stand above, for these alone: (importer, imported).
 UPWARD: set[tuple[str, str]] = set()

@@ -50,10 +50,10 @@ def test_unknown_name() -> None:
 def test_options_of_compile_model() -> None:
     signature = inspect.signature(qcompile.compile_model)
     assert list(signature.parameters) == [
-        "model", "data", "output", "recipe", "target", "plan", "report", "progress",
+        "model", "data", "output", "recipe", "target", "plan", "report", "progress", "stats", "force",
     ]  # fmt: skip
     kinds = [p.kind for p in signature.parameters.values()]
-    assert kinds[2:] == [inspect.Parameter.KEYWORD_ONLY] * 6
+    assert kinds[2:] == [inspect.Parameter.KEYWORD_ONLY] * 8
 
 
 class Reader:

@@ -10,9 +10,10 @@ from typing import Any, get_args
 import pytest
 
 from qcompile.calib.data import DataOptions, ImageOptions
+from qcompile.calib.ranges import METHODS
 from qcompile.errors import RecipeError
 from qcompile.options import parser_of, recipe_of
-from qcompile.recipe import BUILT_IN, Format, Ranges, Recipe, load_recipe
+from qcompile.recipe import BUILT_IN, Format, Recipe, load_recipe
 
 FULL = """
 target = "ort-cpu-arm64"
@@ -27,6 +28,8 @@ sqnr_goal = 25
 min_sqnr = 12.5
 threads = 2
 bench_seconds = 0.5
+memory = 1000000
+skip_bad = true
 [data]
 samples = 32
 tokenizer = "tokenizer.json"
@@ -62,7 +65,7 @@ def test_every_key(tmp_path: Path) -> None:
     assert recipe == Recipe(
         name="r", target="ort-cpu-arm64", ranges="kl", format="qdq", keep_float=("*/head/*", "Softmax"),
         dynamic=False, bias_correction=False, weight_search=True, sqnr_goal=25.0, min_sqnr=12.5,
-        threads=2, bench_seconds=0.5,
+        threads=2, bench_seconds=0.5, memory=1000000, skip_bad=True,
         data=DataOptions(
             32,
             ImageOptions(
@@ -88,8 +91,8 @@ def test_a_name_and_absolute_paths_are_kept(tmp_path: Path) -> None:
     [
         ("rangs = 'kl'", "unknown key 'rangs'. Did you mean 'ranges'? Known here: name, target,"),
         ("[data.image]\nmeen = [1]", "unknown key 'data.image.meen'. Did you mean 'mean'?"),
-        ("ranges = 'minmacs'", "'ranges' is 'minmacs', not one of auto, mean, minmax, percentile, mse, kl."),
-        ("ranges = 3", "'ranges' is 3, not one of auto"),
+        ("ranges = 'minmacs'", "ranges is 'minmacs', not one of auto, minmax, mean, moving-average, percentile, mse, kl"),
+        ("ranges = 3", "'ranges' is 3, expected text."),
         ("format = ['qdq']", "'format' is ['qdq'], not one of auto, qdq, fused."),
         ("static = 1", "'static' is 1, expected true or false."),
         ("threads = true", "'threads' is True, expected a whole number."),
@@ -186,7 +189,7 @@ def test_options_go_over_the_recipe_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "known"),
     [
-        ("--ranges", get_args(Ranges)),
+        ("--ranges", ("auto", *METHODS)),
         ("--format", get_args(Format)),
         ("--crop", ("center", "none")),
         ("--layout", ("nchw", "nhwc")),

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lowering import SATURATES
 from networks import from_text
 from rewrites import parse
-from workbench import PAD, Bench, images, small_cnn, weight, workbench
+from workbench import PAD, Bench, images, plant, small_cnn, weight, workbench
 
 from qcompile import tune
 from qcompile.errors import ModelError
@@ -36,7 +37,9 @@ def test_a_noise_for_every_site(bench: Bench) -> None:
     found = tune.sensitivity(bench.shop, bench.draft, Ranging("minmax"))
     assert found is not None
     assert set(found.noise.sites) == {"x", "r", "s", "m", "c", "y"}
-    assert all(value > 0 for value in found.noise.sites.values())
+    unseen = {"s"} if SATURATES else set()  # 1e-7, beside 4e-5 of weights of 7 bits
+    assert all(value > 0 for name, value in found.noise.sites.items() if name not in unseen)
+    assert all(found.noise.sites[name] < 0.01 * found.noise.total for name in unseen)
     assert 0 < found.noise.weights < found.noise.total
     assert 0.25 < found.noise.total / attempt(bench).noise < 4  # on other samples
 
@@ -89,7 +92,7 @@ def test_a_planted_bad_range_gets_another_method(bench: Bench) -> None:
     """One value in one sample, a hundred times as large: minmax wastes its codes."""
     samples = images(20)
     made = workbench(small_cnn(), samples)
-    made.shop.stats["m"].highs[3] = 100 * made.shop.stats["m"].high
+    plant(made.shop.stats["m"], 100)
     best = attempt(made)
     found = tune.sensitivity(made.shop, made.draft, Ranging("minmax"))
     assert found is not None

@@ -26,7 +26,7 @@ from probe_table import Prediction, RowResult, borders, fitted, table
 from probe_timing import time_pair
 
 from qcompile.build import Solution, build
-from qcompile.calib.observe import Want, observe
+from qcompile.calib.observe import observe
 from qcompile.errors import QcompileError
 from qcompile.plan.candidates import Candidate, Facts
 from qcompile.plan.make import Request, border_costs, find_candidates, make_plan, node_costs
@@ -37,6 +37,7 @@ from qcompile.run.probe import probe
 from qcompile.run.session import Options, Session, version
 from qcompile.solve.activations import solve_activations
 from qcompile.solve.weights import solve_weights
+from qcompile.step import Need
 from qcompile.targets.schema import OpRow, Target, load_target
 
 LEAST_DB = 25.0  # 8 bits over a normal distribution give 36 to 44 dB, a product of two 30
@@ -88,7 +89,10 @@ def _probe(case: Case, target: Target, seconds: float) -> RowResult:
     plan = make_plan(model, target, facts, Request(forms=forms), found)
     codes = coding(model, plan, found)
     stats = observe(
-        model, {v.name or "": Want() for v in codes.roots}, lambda: [(0, case.feed)], facts
+        model,
+        {v.name or "": Need(v.name or "") for v in codes.roots},
+        lambda: [(0, case.feed)],
+        facts,
     )
     params = solve_activations(plan, codes, stats.tensors, "minmax")
     weights = solve_weights(plan, found, params, {}, saturating=target.saturating, search=False)

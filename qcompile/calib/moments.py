@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.calib.observe import groups_within, with_outputs
+from qcompile.calib.taps import with_outputs
 from qcompile.quant.affine import fake_quantize
 from qcompile.quant.scheme import QParams
 from qcompile.run.probe import Fact
@@ -40,13 +40,28 @@ def rounding_shift(
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for group in groups_within(list(params), facts, memory):
             session = Session(with_outputs(model, group), Options("all", threads=threads))
+            bound = session.bound(group)
             for feed in kept:
-                values = session.run(feed, group)
+                values = bound.run(feed)
                 found = pool.map(_shift, values, [params[name] for name in group])
                 for name, shift in zip(group, found, strict=True):
                     if shift is not None:
                         shifts.setdefault(name, []).append(shift)
     return {name: np.median(rows, axis=0) for name, rows in shifts.items()}
+
+
+def groups_within(names: Iterable[str], facts: Mapping[str, Fact], memory: int) -> list[list[str]]:
+    """The names in groups whose float32 values take at most `memory` bytes, where that is possible."""
+    groups: list[list[str]] = []
+    room = 0
+    for name in names:
+        size = 4 * facts[name].elements if name in facts else 0
+        if not groups or size > room:
+            groups.append([])
+            room = memory
+        groups[-1].append(name)
+        room -= size
+    return groups
 
 
 def _shift(values: npt.NDArray[Any], params: QParams) -> npt.NDArray[np.float64] | None:

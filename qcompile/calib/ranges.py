@@ -1,144 +1,139 @@
-"""From statistics to a range: each method is a pure function `TensorStats -> (low, high)`.
+"""From statistics to a range: each method is a pure function of them, and of the codes to come.
 
-* `minmax`: smallest and largest value seen.
-* `mean`: mean over the samples of each sample's smallest and largest value. A rare outlier then
-  costs a little saturation in one sample instead of resolution in all of them.
-* `percentile`: cuts the same share of values (1e-5 in total) off both ends.
-* `mse`: minimizes the squared error of rounding and saturation (Banner et al. 2019, in place of their
-  analytic forms a search over the histogram).
-* `kl`: minimizes the Kullback-Leibler divergence of the quantized from the true distribution
-  (Migacz 2017, 8-bit inference with TensorRT).
+* `minmax`: the smallest and the largest value seen.
+* `mean`: mean over the samples of each sample's extremes. A rare outlier then costs a little saturation in one
+  sample instead of resolution in all of them.
+* `moving-average`: the same with later samples weighing more (Jacob et al. 2018, quantization for
+  integer-arithmetic-only inference; constant of ORT).
+* `percentile`, `percentile:P`: P percent of the values, as many cut off at either end (McKinstry et al. 2018,
+  Wu et al. 2020, integer quantization for deep learning inference).
+* `mse`: least squared error of rounding and saturation (`qcompile.calib.least_error`).
+* `kl`: least Kullback-Leibler divergence (`qcompile.calib.divergence`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Literal
+import math
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
-from qcompile.calib.stats import TensorStats, bin_values
+from qcompile.calib.divergence import BINS, best_threshold, linear
+from qcompile.calib.least_error import Grid, search
+from qcompile.calib.stats import TensorStats
+from qcompile.errors import RecipeError, nearest
 
-Method = Literal["minmax", "mean", "percentile", "mse", "kl"]
 Range = tuple[float, float]
-Array = npt.NDArray[np.float64]
+Method = Callable[[TensorStats, Grid], Range]
 
-HISTOGRAM_METHODS = ("percentile", "mse", "kl")
-_TAIL = 1e-5
-_STEPS = 40
+PERCENT = 99.999
+GRID = Grid()
+_AVERAGING = 0.01
 _SMALL = 4096  # values a sample
 
 
-def minmax(stats: TensorStats) -> Range:
+def minmax(stats: TensorStats, grid: Grid = GRID) -> Range:
     """The extremes over all samples."""
+    del grid
     return stats.low, stats.high
 
 
-def mean(stats: TensorStats) -> Range:
+def mean(stats: TensorStats, grid: Grid = GRID) -> Range:
     """The mean of the samples' extremes; small tensors (gates, pooled features) take all of their range.
 
     The extremes of a few values a sample say nothing about outliers: their mean would saturate every
     other sample.
     """
-    if stats.count < _SMALL * len(stats.lows):
+    del grid
+    found = stats.extremes
+    if not found.samples or stats.count < _SMALL * found.samples:
         return minmax(stats)
-    return float(np.mean(stats.lows or [0.0])), float(np.mean(stats.highs or [0.0]))
+    return found.low_sum / found.samples, found.high_sum / found.samples
 
 
-def percentile(stats: TensorStats, tail: float = _TAIL) -> Range:
-    """The range without the outermost `tail` share of values, half of it at each end."""
-    values, counts = _histogram(stats)
-    if not values.size:
-        return 0.0, 0.0
-    share = np.cumsum(counts) / counts.sum()
-    low = values[np.searchsorted(share, tail / 2)]
-    high = values[min(int(np.searchsorted(share, 1 - tail / 2)), values.size - 1)]
-    return _seen(stats, float(low)), _seen(stats, float(high))
+def moving_average(stats: TensorStats, grid: Grid = GRID, constant: float = _AVERAGING) -> Range:
+    """The exponential moving average of the samples' extremes, in order; small tensors as in `mean`."""
+    del grid
+    found = stats.extremes
+    if not found.samples or stats.count < _SMALL * found.samples:
+        return minmax(stats)
+    weights = constant * (1 - constant) ** np.arange(found.lows.size - 1, -1, -1.0)
+    weights[0] /= constant  # the first sample starts the average
+    low, high = weights @ found.lows.astype(np.float64), weights @ found.highs.astype(np.float64)
+    return float(low), float(high)
 
 
-def mse(stats: TensorStats, levels: int = 256) -> Range:
-    """The range whose asymmetric `levels`-code quantization has the least squared error.
+def percentile(stats: TensorStats, grid: Grid = GRID, percent: float = PERCENT) -> Range:
+    """The range of `percent` percent of the values, the others half below and half above it."""
+    del grid
+    if stats.histogram is None or not stats.count:
+        return minmax(stats)
+    bins = stats.histogram.bins().clipped(stats.low, stats.high)
+    tail = (1 - percent / 100) / 2
+    return _seen(stats, bins.quantile(tail)), _seen(stats, bins.quantile(1 - tail))
 
-    The ends are searched in turn, each over `_STEPS` shrink factors, as they hardly interact.
-    """
-    values, counts = _histogram(stats)
+
+def mse(stats: TensorStats, grid: Grid = GRID) -> Range:
+    """The range whose codes have the least squared error."""
     low, high = min(stats.low, 0.0), max(stats.high, 0.0)
-    if not values.size or low == high:
-        return stats.low, stats.high
-    factors = np.geomspace(1.0, 0.05, _STEPS)
-    for _ in range(2):
-        if high > 0:
-            errors = [_error(values, counts, low, high_, levels) for high_ in stats.high * factors]
-            high = float(max(stats.high, 0.0) * factors[int(np.argmin(errors))])
-        if low < 0:
-            errors = [_error(values, counts, low_, high, levels) for low_ in stats.low * factors]
-            low = float(min(stats.low, 0.0) * factors[int(np.argmin(errors))])
-    return low, high
+    if stats.histogram is None or low == high:
+        return minmax(stats)
+    return search(stats.histogram.bins().clipped(stats.low, stats.high), low, high, grid)
 
 
-def _error(values: Array, counts: Array, low: float, high: float, levels: int) -> float:
-    step = (high - low) / (levels - 1)
-    if step <= 0:
-        return float("inf")
-    inside = np.clip(values, low, high)
-    # Within a step the error is uniform: the histogram is finer than the grid only near zero, where
-    # rounding can be computed; elsewhere its expectation is used.
-    fine = np.abs(values) / 128 < step / 2
-    rounding = np.where(fine, np.square(np.round(inside / step) * step - inside), step * step / 12)
-    error = np.square(values - inside) + np.where(inside == values, rounding, 0.0)
-    return float((error * counts).sum())
-
-
-def kl(stats: TensorStats, levels: int = 256, bins: int = 4096) -> Range:
-    """The range whose 8-bit quantization loses the least information.
-
-    The magnitudes are put on `bins` equal bins; thresholds from `levels // 2` bins upwards are
-    tried. One-sided tensors keep their bound at zero.
-    """
-    values, counts = _histogram(stats)
+def kl(stats: TensorStats, grid: Grid = GRID) -> Range:
+    """The range whose codes lose the least information; one-sided tensors keep their bound at zero."""
     top = max(abs(stats.low), abs(stats.high))
-    if not values.size or top == 0:
-        return stats.low, stats.high
-    index = np.minimum((np.abs(values) / top * bins).astype(np.int64), bins - 1)
-    p = np.asarray(np.bincount(index, weights=counts, minlength=bins), np.float64)
-    p[0] = p[1] if p.size > 1 else p[0]  # zeros are represented exactly, whatever the threshold
-    half = levels if stats.low >= 0 or stats.high <= 0 else levels // 2
-    ends = np.unique(np.linspace(half, bins, 128).astype(np.int64))
-    best = int(min(ends, key=lambda end: _divergence(p, int(end), half)))
-    threshold = top * best / bins
+    if stats.histogram is None or not top:
+        return minmax(stats)
+    one_sided = (stats.low >= 0 or stats.high <= 0) and not grid.symmetric
+    counts = linear(stats.histogram, top)
+    if not counts.any():
+        return minmax(stats)
+    levels = min(grid.levels if one_sided else grid.levels // 2, BINS)
+    threshold = top * best_threshold(counts, levels) / BINS
     return _seen(stats, -threshold), _seen(stats, threshold)
 
 
-def _divergence(p: Array, end: int, levels: int) -> float:
-    kept = p[:end].copy()
-    reference = kept.copy()
-    reference[-1] += p[end:].sum()  # saturated values land on the last code
-    edges = np.linspace(0, end, levels + 1).astype(np.int64)
-    group = np.repeat(np.arange(levels), np.diff(edges))
-    filled = kept > 0
-    sums = np.bincount(group, weights=kept, minlength=levels)
-    sizes = np.bincount(group, weights=filled, minlength=levels)
-    q = np.where(filled, (sums / np.maximum(sizes, 1))[group], 0.0)
-    total_p, total_q = reference.sum(), q.sum()
-    if total_p == 0 or total_q == 0:
-        return float("inf")
-    reference, q = reference / total_p, q / total_q
-    mask = reference > 0
-    return float((reference[mask] * np.log(reference[mask] / np.maximum(q[mask], 1e-12))).sum())
-
-
 def _seen(stats: TensorStats, end: float) -> float:
-    """The nearest value between those seen: the centre of a bin may lie beyond them."""
+    """The nearest value between those seen."""
     return min(max(end, stats.low), stats.high)
 
 
-def _histogram(stats: TensorStats) -> tuple[Array, Array]:
-    if stats.counts is None:
-        return np.zeros(0), np.zeros(0)
-    return bin_values(stats.counts)
-
-
-METHODS: Mapping[str, Callable[[TensorStats], Range]] = {
-    "minmax": minmax, "mean": mean, "percentile": percentile, "mse": mse, "kl": kl,
+METHODS: dict[str, Method] = {
+    "minmax": minmax, "mean": mean, "moving-average": moving_average, "percentile": percentile,
+    "mse": mse, "kl": kl,
 }  # fmt: skip
+HISTOGRAM_METHODS = ("percentile", "mse", "kl")
+AUTO = ("mean", "minmax", "mse")  # what `auto` tries on whole models, and their mixture by tensor
+
+
+def method(name: str) -> Method:
+    """The method of that name, such as `mse` or `percentile:99.9`.
+
+    Raises:
+        RecipeError: there is none, or its number is no percentage of 50 or more.
+    """
+    kind, _, number = name.partition(":")
+    if kind not in METHODS or (number and kind != "percentile"):
+        raise RecipeError(
+            f"ranges is {name!r}, not one of auto, {', '.join(METHODS)}, percentile:99.9 or the like."
+            f"{nearest(name, ['auto', *METHODS])}"
+        )
+    if not number:
+        return METHODS[kind]
+    try:
+        percent = float(number)
+    except ValueError:
+        percent = math.nan
+    if not 50 <= percent <= 100:
+        raise RecipeError(
+            f"ranges is {name!r}: give a percentage from 50 to 100, as percentile:99.99."
+        )
+    return partial(percentile, percent=percent)
+
+
+def needs_histogram(name: str) -> bool:
+    """Whether a method, or `auto`, reads the histogram."""
+    return name == "auto" or name.partition(":")[0] in HISTOGRAM_METHODS

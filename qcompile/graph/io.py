@@ -15,9 +15,11 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import onnx  # noqa: TID251 - the one door to protobuf
 import onnx_ir as ir
 from google.protobuf.message import DecodeError
+from onnx import numpy_helper  # noqa: TID251
 
 from qcompile.errors import ModelError, OutputError
 
@@ -42,7 +44,7 @@ def load(source: str | Path | ir.Model | onnx.ModelProto) -> ir.Model:
         return _checked(_unshared(source.clone()), "the model given")
     if isinstance(source, onnx.ModelProto):
         try:
-            return _checked(_unshared(ir.from_proto(source)), "the model given")
+            return _checked(_unshared(ir.from_proto(_dense(source))), "the model given")
         except _UNREADABLE as error:
             raise ModelError(f"the model given is not valid: {error}.") from error
     path = Path(source)
@@ -53,7 +55,8 @@ def load(source: str | Path | ir.Model | onnx.ModelProto) -> ir.Model:
             raise ModelError(f"{path} is a folder: give the path of the .onnx file inside it.")
         if not os.access(path, os.R_OK):
             raise ModelError(f"{path} cannot be read: check its permissions.")
-        model = ir.load(path)
+        model = ir.from_proto(_dense(onnx.load(path, load_external_data=False)))
+        ir.external_data.set_base_dir(model.graph, path.parent)
     except DecodeError as error:
         raise ModelError(
             f"{path} is not an ONNX model, or is truncated ({path.stat().st_size} bytes): "
@@ -73,6 +76,24 @@ def _checked(model: ir.Model, where: str) -> ir.Model:
     if not model.opset_imports:
         raise ModelError(f"{where} names no opset: it is not a valid ONNX model.")
     return model
+
+
+def _dense(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with dense tensors in place of sparse initializers, which the IR lacks; a copy if it has any."""
+    if not model.graph.sparse_initializer:
+        return model
+    copied = onnx.ModelProto()
+    copied.CopyFrom(model)
+    for sparse in copied.graph.sparse_initializer:
+        values, index = map(numpy_helper.to_array, (sparse.values, sparse.indices))
+        dense = np.zeros(tuple(sparse.dims), values.dtype)
+        if index.ndim == 1:  # into the flat tensor
+            dense.reshape(-1)[index] = values
+        else:
+            dense[tuple(index.T)] = values
+        copied.graph.initializer.append(numpy_helper.from_array(dense, sparse.values.name))
+    del copied.graph.sparse_initializer[:]
+    return copied
 
 
 def _unshared(model: ir.Model) -> ir.Model:
@@ -161,12 +182,18 @@ def _weights_inside(model: ir.Model) -> Iterator[None]:
 
 def file_bytes(path: Path) -> int:
     """Size of a model on disk, with the external data files it names."""
-    files = {path}
-    for graph in ir.load(path, format="protobuf").graphs():
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                files.add(Path(value.const_value.path))
+    files = {path, *external_files(ir.load(path, format="protobuf"))}
     return sum(file.stat().st_size for file in files)
+
+
+def external_files(model: ir.Model) -> set[Path]:
+    """The files beside the model's own that hold weights of it."""
+    return {
+        Path(value.const_value.path)
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
 
 
 def save(model: ir.Model, path: Path) -> None:
@@ -231,8 +258,12 @@ def check_apart(place: Path, inputs: Mapping[str, Path | None]) -> None:
         OutputError: writing it would destroy one of them.
     """
     for kind, path in inputs.items():
-        if path is not None and path.exists() and place.exists() and place.samefile(path):
+        if path is None or not path.exists() or not place.exists():
+            continue
+        if place.samefile(path):
             raise OutputError(f"{place} is {kind} itself: choose another file with -o.")
+        if path.is_dir() and place.resolve().is_relative_to(path.resolve()):  # of samples
+            raise OutputError(f"{place} is a file of {kind}: choose another file with -o.")
 
 
 def check(model: ir.Model) -> str | None:

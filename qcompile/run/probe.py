@@ -65,6 +65,11 @@ class Fact:
     shape: tuple[int, ...] | None
 
     @property
+    def is_float(self) -> bool:
+        """Whether it is known to hold floating-point numbers, of any width."""
+        return self.dtype is not None and "float" in np.dtype(self.dtype).name
+
+    @property
     def elements(self) -> int:
         """The number of elements, 0 if the shape is unknown."""
         return 0 if self.shape is None else int(np.prod(self.shape, dtype=np.int64))

@@ -10,6 +10,7 @@ import dataclasses
 import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +49,8 @@ class Options:
         threads: intra-op threads; 0 leaves the choice to ORT.
         profile: file prefix for a profile, or None.
         optimized: file that receives the optimized graph, or None.
+        pattern: whether ORT plans memory ahead for each set of shapes that it meets: fast where there are few,
+            large where there are many.
         config: further session configuration entries.
     """
 
@@ -55,6 +58,7 @@ class Options:
     threads: int = 0
     profile: str | None = None
     optimized: Path | None = None
+    pattern: bool = True
     config: tuple[tuple[str, str], ...] = ()
 
 
@@ -77,6 +81,7 @@ class Session:
         settings.log_severity_level = 4
         settings.graph_optimization_level = _LEVELS[self.options.level]
         settings.intra_op_num_threads = self.options.threads
+        settings.enable_mem_pattern = self.options.pattern
         # An idle session that spins would slow down the one it is compared with.
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         for key, text in self.options.config:
@@ -121,9 +126,76 @@ class Session:
             raise ModelError(f"ONNX Runtime cannot run the model: {_first_line(error)}") from error
         return results
 
+    def bound(self, outputs: Sequence[str]) -> Bound:
+        """A way to run for these outputs again and again without copying them."""
+        return Bound(self._session, self._names, outputs)
+
     def end_profiling(self) -> Path:
         """The file of the profile gathered so far."""
         return Path(self._session.end_profiling())
+
+
+class Bound:
+    """A session with its outputs bound: they are read where ORT wrote them. One thread at a time."""
+
+    def __init__(
+        self, session: ort.InferenceSession, names: AbstractSet[str], outputs: Sequence[str]
+    ) -> None:
+        self._session, self._names, self._outputs = session, names, list(outputs)
+        self._binding = session.io_binding()
+        self._shapes: list[tuple[int, ...]] | None = None
+
+    def run(self, feed: Feed) -> list[npt.NDArray[Any]]:
+        """The outputs for one feed, as views that the next run overwrites.
+
+        Raises:
+            ModelError: ORT fails; the message is its first line.
+        """
+        taken = {name: value for name, value in feed.items() if name in self._names}
+        if any(value.dtype.kind not in "fiub" for value in taken.values()):  # text, bfloat16
+            return self._copied(taken)
+        try:
+            return self._run(taken)
+        except Exception as error:  # ORT raises a dozen unrelated classes
+            raise ModelError(f"ONNX Runtime cannot run the model: {_first_line(error)}") from error
+
+    def _run(self, feed: Feed) -> list[npt.NDArray[Any]]:
+        shapes = [value.shape for value in feed.values()]
+        kept = [np.ascontiguousarray(value) for value in feed.values()]
+        for name, value in zip(feed, kept, strict=True):
+            self._binding.bind_cpu_input(name, value)
+        if shapes != self._shapes:
+            self._bind_outputs()
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception:  # shapes of outputs that follow from values: the old buffers do not fit
+            if self._shapes is None or shapes != self._shapes:
+                raise
+            self._bind_outputs()
+            self._session.run_with_iobinding(self._binding)
+        self._shapes = shapes
+        return [_view(value) for value in self._binding.get_outputs()]
+
+    def _bind_outputs(self) -> None:
+        self._shapes = None
+        self._binding.clear_binding_outputs()
+        for name in self._outputs:
+            self._binding.bind_output(name, "cpu")
+
+    def _copied(self, feed: Feed) -> list[npt.NDArray[Any]]:
+        try:
+            results: list[npt.NDArray[Any]] = self._session.run(self._outputs, dict(feed))
+        except Exception as error:  # ORT raises a dozen unrelated classes
+            raise ModelError(f"ONNX Runtime cannot run the model: {_first_line(error)}") from error
+        return results
+
+
+def _view(value: ort.OrtValue) -> npt.NDArray[Any]:
+    try:
+        return np.from_dlpack(value)
+    except (BufferError, RuntimeError, TypeError):  # bfloat16, text, or no elements
+        copy: npt.NDArray[Any] = value.numpy()
+        return copy
 
 
 def _first_line(error: Exception) -> str:

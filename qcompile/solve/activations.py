@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.calib.ranges import METHODS
+from qcompile.calib.least_error import Grid
+from qcompile.calib.ranges import method as range_method
 from qcompile.calib.stats import TensorStats
 from qcompile.graph.edit import array, attribute, is_op
 from qcompile.plan.candidates import clip_bounds
@@ -16,8 +17,8 @@ from qcompile.plan.tensors import Coded, Coding
 from qcompile.quant.affine import choose
 from qcompile.quant.scheme import QParams, Scheme
 
-# Outputs whose range follows from the operator: nothing to calibrate (ORT's own choice for Sigmoid).
-_KNOWN = {"Sigmoid": 1 / 256, "HardSigmoid": 1 / 255}
+# Outputs whose range follows from the operator: nothing to calibrate (ORT's own choice for Sigmoid and Softmax).
+_KNOWN = {"Sigmoid": 1 / 256, "Softmax": 1 / 256, "HardSigmoid": 1 / 255}
 _ALIKE = 2.0
 _FINE_OFFSET = 6  # steps: an offset this large is made a whole number of steps by a coarser scale
 
@@ -32,15 +33,18 @@ def solve_activations(
         plan: gives the scheme of activations.
         coding: the coded tensors.
         stats: of each root, by tensor name.
-        method: one of `qcompile.calib.ranges.METHODS`.
+        method: one of `qcompile.calib.ranges.METHODS`, or `percentile:P`.
         overrides: ranges that were fixed by hand or by a search, by root name.
     """
     scheme = Scheme.parse(plan.activation)
     params: dict[str, QParams] = {}
     groups = coding.members()
+    if not groups:
+        return params
+    find, grid = range_method(method), grid_of(scheme)
     ranges = {
         root.name or "": (overrides or {}).get(root.name or "")
-        or METHODS[method](stats[root.name or ""])
+        or find(stats[root.name or ""], grid)
         for root in groups
         if _known_scale(root) is None
     }
@@ -58,6 +62,11 @@ def solve_activations(
         for member in members:
             params[member.value.name or ""] = _meaning(member, scale, zero, scheme)
     return params
+
+
+def grid_of(scheme: Scheme) -> Grid:
+    """The codes of a scheme, as a search for a range wants to know them."""
+    return Grid(scheme.qmax - scheme.qmin + 1, scheme.symmetric)
 
 
 def _agree(

@@ -1,187 +1,289 @@
-"""Statistics of one tensor: extremes, histogram, channel means, whatever the sizes of the samples."""
+"""Statistics of one tensor: what is merged of shards is what the whole has, in any order of merging."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from numpy.typing import NDArray
 
-from qcompile.calib.stats import BINS, TensorStats, bin_values, count_bins
+from qcompile.calib import stats as module
+from qcompile.calib.fold import fold
+from qcompile.calib.histogram import UNIT, Histogram
+from qcompile.calib.stats import Channels, Extremes, TensorStats
+from qcompile.step import Need
 
 Array = NDArray[Any]
 F32 = np.float32
-TINY = float(np.finfo(F32).tiny)  # the smallest normal number
-DENORMAL = 2.0**-133  # width of the bins below it
-HUGE = float(np.finfo(F32).max)
-finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
-arrays = npst.arrays(F32, npst.array_shapes(max_dims=4, max_side=5), elements=finite)
+ALL = Need("x", histogram=True, channels=True, gram=True)
+ELEMENTS = st.floats(-1e3, 1e3, width=32)
 
 
-def stats(*samples: Array, histogram: bool = True, channels: bool = False) -> TensorStats:
+def drawn(seed: int, rows: list[list[int]]) -> list[list[Array]]:
+    """Samples of so many rows by shard: long tails, and zeros of either sign."""
+    rng = np.random.default_rng(seed)
+
+    def sample(count: int) -> Array:
+        values = 10 * rng.standard_t(2, (count, 3))
+        return np.where(rng.random(values.shape) < 0.2, values * 0, values).astype(F32)
+
+    return [[sample(count) for count in part] for part in rows]
+
+
+shards = st.builds(
+    drawn, st.integers(0, 1 << 30),
+    st.lists(st.lists(st.integers(0, 4), max_size=5), min_size=1, max_size=5),
+)  # fmt: skip
+
+
+def merged(parts: Sequence[TensorStats]) -> TensorStats:
     made = TensorStats()
-    for values in samples:
-        assert made.add(values, histogram=histogram, channels=channels)
+    for part in parts:
+        made.add(part)
     return made
 
 
-# ---- histogram
+def stats(*samples: Array, need: Need = ALL) -> TensorStats:
+    parts = [fold([values], need, -1, counted=1 << 30) for values in samples]
+    assert None not in parts
+    return merged([part for part in parts if part is not None])
 
 
-@given(first=arrays, second=arrays)
-def test_histograms_add_up(first: Array, second: Array) -> None:
-    together = np.concatenate([first.ravel(), second.ravel()])
-    np.testing.assert_array_equal(count_bins(first) + count_bins(second), count_bins(together))
-    np.testing.assert_array_equal(stats(first, second).counts, stats(together).counts)
+def close(one: Array, other: Array) -> None:
+    """To the rounding of float64, in sums that may cancel."""
+    largest = float(max(np.abs(one).max(), 1e6 * 25))
+    np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12 * largest)
 
 
-@given(values=arrays)
-def test_each_bin_is_narrow_and_holds_its_values(values: Array) -> None:
-    """A centre is within half of 1/128 of every value that it stands for, or within a bin of denormals."""
-    centres, counts = bin_values(count_bins(values))
-    assert (np.diff(centres) >= 0).all()
-    assert (counts > 0).all()
-    assert counts.sum() == values.size
-    ordered = np.sort(values.ravel()).astype(np.float64)
-    off = np.abs(np.repeat(centres, counts.astype(int)) - ordered)
-    assert (off <= np.maximum(np.abs(ordered) / 256 * 1.001, DENORMAL)).all()
+def same(one: TensorStats, other: TensorStats) -> None:
+    assert (one.count, one.low, one.high) == (other.count, other.low, other.high)
+    assert (one.infinite, one.rows) == (other.infinite, other.rows)
+    assert one.extremes.samples == other.extremes.samples
+    np.testing.assert_array_equal(one.extremes.lows, other.extremes.lows)
+    np.testing.assert_array_equal(one.extremes.highs, other.extremes.highs)
+    assert one.extremes.low_sum == pytest.approx(other.extremes.low_sum, rel=1e-12, abs=1e-8)
+    assert one.extremes.high_sum == pytest.approx(other.extremes.high_sum, rel=1e-12, abs=1e-8)
+    assert (one.histogram is None) == (other.histogram is None)
+    if one.histogram is not None and other.histogram is not None:
+        assert one.histogram.zeros == other.histogram.zeros
+        mine, theirs = one.histogram.bins(), other.histogram.bins()
+        np.testing.assert_array_equal(mine.low, theirs.low)
+        np.testing.assert_array_equal(mine.counts, theirs.counts)
+    assert (one.channels is None) == (other.channels is None)
+    if one.channels is not None and other.channels is not None:
+        a, b = one.channels, other.channels
+        assert (a.axis, a.count, a.square_count) == (b.axis, b.count, b.square_count)
+        np.testing.assert_array_equal(a.lows, b.lows)
+        np.testing.assert_array_equal(a.highs, b.highs)
+        close(a.sums, b.sums)
+        close(a.squares, b.squares)
+    assert (one.gram is None) == (other.gram is None)
+    if one.gram is not None and other.gram is not None:
+        close(one.gram, other.gram)
 
 
-def test_a_histogram_is_sorted_by_value() -> None:
-    values = np.array([3, -3, 0.5, -0.5, 0, 3, 1e-30, -1e30], F32)
-    centres, counts = bin_values(count_bins(values))
-    assert counts.tolist() == [1, 1, 1, 1, 1, 1, 2]
-    np.testing.assert_allclose(centres, [-1e30, -3, -0.5, 0, 1e-30, 0.5, 3], rtol=1 / 256)
+# ---- merging
 
 
-@pytest.mark.parametrize("value", [0.0, -0.0])
-def test_zeros_are_zero_exactly(value: float) -> None:
-    centres, counts = bin_values(count_bins(np.full(7, value, F32)))
-    assert centres.tolist() == [0.0]
-    assert counts.tolist() == [7.0]
+@settings(max_examples=60)
+@given(parts=shards)
+def test_shards_merged_are_the_whole(parts: list[list[Array]]) -> None:
+    whole = stats(*(values for part in parts for values in part))
+    same(merged([stats(*part) for part in parts]), whole)
 
 
-@pytest.mark.parametrize("value", [1e-45, -1e-45, TINY, -TINY, 3e-39, HUGE, -HUGE])
-def test_the_ends_of_the_numbers(value: float) -> None:
-    centres, _ = bin_values(count_bins(np.array([value], F32)))
-    assert abs(centres[0] - float(F32(value))) <= max(abs(value) / 256 * 1.001, DENORMAL)
-    assert np.isfinite(centres).all()
+@settings(max_examples=60)
+@given(parts=shards, at=st.integers(0, 4))
+def test_the_order_of_merging_does_not_matter(parts: list[list[Array]], at: int) -> None:
+    made = [stats(*part) for part in parts]
+    left, right = merged(made[:at]), merged(made[at:])
+    left.add(right)
+    same(left, merged(made))
 
 
-def test_infinities_have_bins_of_their_own() -> None:
-    centres, counts = bin_values(count_bins(np.array([np.inf, -np.inf, HUGE, np.inf, 1], F32)))
-    assert (centres[0], centres[-1]) == (-np.inf, np.inf)
-    assert counts.tolist() == [1, 1, 1, 2]
-
-
-def test_large_tensors_are_sampled_evenly() -> None:
-    """Whatever the dimensions: each column of a table is seen, and about as often."""
-    for width in (2, 3, 7, 14, 33, 85):
-        rows = 400_000 // width
-        table = np.broadcast_to(np.arange(1, width + 1, dtype=F32), (rows, width))
-        centres, counts = bin_values(count_bins(np.ascontiguousarray(table)))
-        assert len(centres) == width
-        assert counts.max() <= counts.min() + 1
-        assert 40_000 < counts.sum() <= 1 << 16
-
-
-def test_extremes_of_large_tensors_are_exact() -> None:
-    values = np.zeros(300_000, F32)
-    values[[123_456, 234_567]] = 7, -9
-    made = stats(values)
-    assert (made.low, made.high) == (-9, 7)
-
-
-def test_half_precision_is_counted_as_float32() -> None:
-    values = np.array([0.5, -60000, 6e-8], np.float16)
-    np.testing.assert_array_equal(count_bins(values), count_bins(values.astype(F32)))
-
-
-# ---- extremes, NaN, infinities
-
-
-@given(samples=st.lists(arrays, min_size=1, max_size=4))
-def test_extremes_by_sample(samples: list[Array]) -> None:
-    made = stats(*samples)
-    assert made.lows == [float(v.min()) for v in samples]
-    assert made.highs == [float(v.max()) for v in samples]
-    assert (made.low, made.high) == (min(made.lows), max(made.highs))
-    assert made.count == sum(v.size for v in samples)
-    assert made.span == max(made.high, 0) - min(made.low, 0)
+@settings(max_examples=60)
+@given(parts=shards)
+def test_merging_leaves_the_other_alone(parts: list[list[Array]]) -> None:
+    made = [stats(*part) for part in parts]
+    into = merged(made)
+    into.add(stats(F32([[2000, -2000, 0]])))
+    for part, values in zip(made, parts, strict=True):
+        same(part, stats(*values))
 
 
 def test_nothing_seen() -> None:
-    made = stats()
+    made = TensorStats()
     assert (made.count, made.low, made.high, made.span, made.bounded) == (0, 0.0, 0.0, 0.0, True)
-    assert stats(np.zeros((0, 4), F32)) == made
+    made.add(TensorStats())
+    made.add(stats(np.zeros((0, 4), F32)))
+    same(made, TensorStats())
+    made.add(stats(F32([[3, 4, 5]])))
+    made.add(TensorStats())
+    same(made, stats(F32([[3, 4, 5]])))
+    assert (made.low, made.high, made.span) == (3, 5, 5)
 
 
-@pytest.mark.parametrize("at", [0, 3, 5])
-def test_nan_is_refused_and_not_counted(at: int) -> None:
-    made = stats(np.ones(4, F32))
-    before = made.counts
-    bad = np.arange(6, dtype=F32)
-    bad[at] = np.nan
-    assert not made.add(bad, histogram=True, channels=False)
-    assert (made.count, made.lows, made.highs) == (4, [1.0], [1.0])
-    assert made.counts is before
+def test_infinities_add_up() -> None:
+    made = TensorStats(infinite=2)
+    made.add(TensorStats(infinite=3))
+    assert (made.infinite, made.bounded, made.count) == (5, False, 0)
 
 
-@pytest.mark.parametrize(
-    ("value", "bounded"),
-    [(np.inf, False), (-np.inf, False), (-HUGE, False), (-1e9, False), (65504, True), (-1e6, True)],
-)
-def test_masks_are_out_of_bounds(value: float, bounded: bool) -> None:
-    assert stats(np.array([1, value], F32)).bounded is bounded
+@given(samples=st.lists(npst.arrays(F32, (2, 3), elements=ELEMENTS), min_size=1, max_size=6))
+def test_extremes_by_sample(samples: list[Array]) -> None:
+    made = stats(*samples)
+    assert made.extremes.lows.tolist() == [float(v.min()) for v in samples]
+    assert made.extremes.highs.tolist() == [float(v.max()) for v in samples]
+    assert made.extremes.low_sum == pytest.approx(sum(float(v.min()) for v in samples))
+    assert (made.low, made.high) == (np.min(samples), np.max(samples))
+    assert made.span == max(made.high, 0) - min(made.low, 0)
+
+
+def extremes(numbers: Sequence[int]) -> Extremes:
+    lows = np.array(numbers, F32)
+    return Extremes(lows.size, float(-lows.sum()), float(lows.sum()), -lows, lows)
+
+
+@given(sizes=st.lists(st.integers(0, 9), max_size=12), at=st.integers(0, 12))
+def test_of_many_samples_the_last_extremes_are_kept(sizes: list[int], at: int) -> None:
+    ends = np.cumsum([0, *sizes]).tolist()
+    parts = [range(a, b) for a, b in itertools.pairwise(ends)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "KEPT", 20)
+        patch.setattr(module, "RECENT", 6)
+        made, rest = Extremes(), Extremes()
+        for part in parts[:at]:
+            made.add(extremes(part))
+        for part in parts[at:]:
+            rest.add(extremes(part))
+        made.add(rest)
+    every = list(range(ends[-1]))
+    kept = every if len(every) <= 20 else every[-6:]
+    assert made.highs.tolist() == kept
+    assert made.lows.tolist() == [-n for n in kept]
+    assert (made.samples, made.high_sum, made.low_sum) == (len(every), sum(every), -sum(every))
 
 
 # ---- channels
 
 
-@pytest.mark.parametrize("shape", [(3, 4), (3, 4, 5), (2, 4, 5, 6), (2, 4, 2, 3, 2)])
-def test_mean_of_channels(shape: tuple[int, ...]) -> None:
-    rng = np.random.default_rng(0)
-    samples = [rng.normal(3, 1, shape).astype(F32) for _ in range(3)]
-    made = stats(*samples, histogram=False, channels=True)
-    axes = tuple(a for a in range(len(shape)) if a != 1)
-    wanted = np.mean([v.mean(axis=axes, dtype=np.float64) for v in samples], axis=0)
-    np.testing.assert_allclose(made.mean(), wanted, rtol=1e-6)
-    assert made.mean().dtype == np.float64
-    assert made.counts is None
+def test_channels_vanish_if_their_number_varies() -> None:
+    narrow, wide = F32([[1, 2]]), F32([[1, 2, 3]])
+    for samples in ([narrow, wide], [wide, narrow, narrow], [narrow, narrow, wide, narrow]):
+        made = stats(*samples)
+        assert made.channels is None
+        assert made.gram is None
+        assert made.count == sum(v.size for v in samples)
+        assert merged([stats(samples[0]), stats(*samples[1:])]).channels is None
+
+
+def test_channels_vanish_if_a_sample_has_none_or_others() -> None:
+    assert stats(F32([[1, 2]]), F32([1, 2])).channels is None
+    assert stats(F32([1, 2]), F32([[1, 2]])).channels is None
+    made = stats(np.ones((1, 2, 2), F32))
+    other = fold([np.ones((1, 2, 2), F32)], ALL, 1, 99)
+    assert other is not None
+    made.add(other)
+    assert made.channels is None
+
+
+def test_empty_samples_leave_channels() -> None:
+    made = stats(np.zeros((0, 5), F32), F32([[1, 2]]), np.zeros((0, 2), F32), F32([[3, 4]]))
+    assert made.channels is not None
+    np.testing.assert_array_equal(made.channels.mean(), [2, 3])
+    assert made.rows == 2
 
 
 def test_samples_of_other_sizes_count_by_their_size() -> None:
-    small, large = np.full((1, 2, 1, 1), 4, F32), np.full((1, 2, 3, 1), 8, F32)
-    np.testing.assert_allclose(stats(small, large, channels=True).mean(), [7, 7])
+    made = stats(np.full((1, 2), 4, F32), np.full((3, 2), 8, F32))
+    assert made.channels is not None
+    np.testing.assert_allclose(made.channels.mean(), [7, 7])
+    np.testing.assert_allclose(made.channels.second_moment(), [52, 52])
 
 
-def test_tensors_of_one_dimension_have_no_channels() -> None:
-    assert stats(np.ones(3, F32), channels=True).sums is None
+def test_moments_over_all_channels() -> None:
+    values = np.random.default_rng(0).normal(3, 2, (500, 6)).astype(F32) * F32([1, 2, 3, 1, 1, 9])
+    made = stats(values)
+    assert made.channels is not None
+    assert made.mean == pytest.approx(values.mean(), rel=1e-5)
+    assert made.deviation == pytest.approx(values.std(), rel=1e-5)
+    np.testing.assert_array_equal(made.channels.peak(), np.abs(values).max(axis=0))
+    assert stats(np.full((4, 2), 0.1, F32)).deviation == pytest.approx(0, abs=1e-4)
 
 
-def test_sums_in_half_precision_do_not_overflow() -> None:
-    values = np.full((1, 2, 300, 10), 100, np.float16)
-    np.testing.assert_allclose(stats(values, channels=True).mean(), [100, 100])
+def test_no_channels_no_moments() -> None:
+    made = stats(F32([[1, 2]]), need=Need("x"))
+    assert made.mean is made.deviation is made.histogram is None
+    assert made.share_of_zeros() is made.share_saturated() is made.share_of_outliers() is None
+    none = Channels(1, 0, np.zeros(2), np.zeros(2, F32), np.zeros(2, F32), 0, np.zeros(2))
+    assert none.mean().tolist() == none.second_moment().tolist() == [0, 0]
 
 
-def test_many_pixels_do_not_lose_precision() -> None:
-    """0.1 added in float32 one by one would be off by percents."""
-    values = np.full((1, 1, 1000, 1000), 0.1, F32)
-    np.testing.assert_allclose(
-        stats(values, channels=True, histogram=False).mean(), [F32(0.1)], rtol=1e-6
-    )
+# ---- bounds and shares
 
 
-# ---- size
+@pytest.mark.parametrize(
+    ("value", "bounded"),
+    [(-np.finfo(F32).max, False), (-1e9, False), (1e9, False), (65504, True), (-1e6, True)],
+)
+def test_masks_are_out_of_bounds(value: float, bounded: bool) -> None:
+    assert stats(F32([[1, value]]), need=Need("x")).bounded is bounded
 
 
-def test_the_size_does_not_depend_on_the_data() -> None:
-    made = stats(np.random.default_rng(0).normal(size=(4, 8, 16, 16)).astype(F32), channels=True)
-    assert made.counts is not None
-    assert made.counts.shape == (BINS,)
-    assert made.sums is not None
-    assert made.sums.shape == (8,)
+@given(values=npst.arrays(F32, (5, 4), elements=ELEMENTS | st.just(0.0) | st.just(-0.0)))
+def test_share_of_zeros(values: Array) -> None:
+    tiny = np.abs(values) < 2.0**-133
+    assert stats(values).share_of_zeros() == pytest.approx(tiny.mean())
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 6), (-1, 1), (-0.5, 6), (-3, 0)])
+def test_share_saturated(low: float, high: float) -> None:
+    """As behind a Clip; at 0, as behind a Relu, nothing is."""
+    rng = np.random.default_rng(0)
+    samples = [np.clip(rng.normal(0, 4, (400, 5)), low, high).astype(F32) for _ in range(3)]
+    every = np.stack(samples)
+    wanted = sum((every == end).mean() for end in (low, high) if end)
+    assert stats(*samples).share_saturated() == pytest.approx(wanted, abs=0.005)
+
+
+def test_share_saturated_of_no_clip() -> None:
+    values = np.random.default_rng(0).normal(size=(5000, 2)).astype(F32)
+    assert stats(values).share_saturated() == pytest.approx(2 / values.size, abs=3e-4)
+    assert stats(np.zeros((2, 2), F32)).share_saturated() == 0
+    assert stats(np.full((2, 2), 3, F32)).share_saturated() == 1
+    empty = TensorStats(histogram=Histogram())
+    assert empty.share_saturated() is None
+    assert empty.share_of_zeros() == 0
+
+
+@pytest.mark.parametrize("deviations", [2.0, 6.0])
+@pytest.mark.parametrize("offset", [0, 50])
+def test_share_of_outliers(deviations: float, offset: float) -> None:
+    rng = np.random.default_rng(0)
+    values = (rng.normal(size=(5000, 4)) + offset).astype(F32)
+    values[:20] += F32(90)
+    values[20:30] -= F32(200)
+    away = np.abs(values - values.mean()) > deviations * values.std()
+    found = stats(values).share_of_outliers(deviations)
+    assert away.any()
+    assert found == pytest.approx(away.mean(), rel=0.02)
+
+
+def test_share_of_outliers_of_constants() -> None:
+    assert stats(np.zeros((3, 2), F32)).share_of_outliers() is None
+    assert stats(F32([[1, -1], [2, 0]])).share_of_outliers() == 0
+
+
+def test_the_size_does_not_depend_on_the_number_of_samples() -> None:
+    made, once = TensorStats(), stats(np.random.default_rng(0).normal(size=(64, 8)).astype(F32))
+    for _ in range(50):
+        made.add(once)
+    assert made.histogram is not None and once.histogram is not None
+    assert made.histogram.positive.counts.shape == once.histogram.positive.counts.shape
+    assert made.histogram.total == 50 * 512 * UNIT

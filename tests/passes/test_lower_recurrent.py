@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from lowering import constant, eager
+from lowering import SATURATES, constant, eager
 from rewrites import assert_same_interface, parse, random_feed, run
 
 from passes.lower_recurrent import LowerRecurrent
@@ -56,6 +56,7 @@ def lowered(
 ) -> tuple[ir.Model, Outcome, dict[str, str]]:
     """The model with every LSTM that can be lowered, the outcome, and why others cannot."""
     model = model.clone()
+    options.setdefault("saturating", SATURATES)
     found = find_candidates(model, eager(), probe(model, None))
     plan = Plan(
         "t", "uint8.tensor.asym",
@@ -113,12 +114,13 @@ def test_it_computes_nearly_the_same(case: str, scheme: str) -> None:
     made, outcome, _ = lowered(model, scheme)
     assert outcome.changed == ["cell"]
     assert [node.op_type for node in made.graph] == ["DynamicQuantizeLSTM"]
-    assert max(errors(model, made)) < 0.03
+    assert max(errors(model, made)) < (0.06 if SATURATES else 0.03)  # 7 bits: steps twice as large
 
 
 def test_the_weights_are_those_of_the_scheme() -> None:
     """(directions, k, 4 * hidden), and one scale a direction and row."""
-    made, _, _ = lowered(parse(text("x, W, R, B", ', direction = "bidirectional"', directions=2)))
+    model = parse(text("x, W, R, B", ', direction = "bidirectional"', directions=2))
+    made, _, _ = lowered(model, saturating=False)  # of any target: nothing is run
     stored = {k: v.const_value.numpy() for k, v in made.graph.initializers.items() if v.const_value}
     assert stored["W_q"].shape == (2, K, 4 * H)
     assert stored["R_q"].shape == (2, H, 4 * H)

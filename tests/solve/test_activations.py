@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from lowering import eager
 from rewrites import parse, random_feed
 
-from qcompile.calib.stats import TensorStats
+from qcompile.calib.stats import Extremes, TensorStats
 from qcompile.plan.candidates import Candidate
 from qcompile.plan.make import Request, find_candidates, make_plan
 from qcompile.plan.plan import Form, Plan
@@ -36,8 +36,16 @@ def planned(
     return plan, coding(model, plan, found)
 
 
+def seen(count: int, *samples: Range) -> TensorStats:
+    """So many values a sample, with these extremes."""
+    lows, highs = (np.array(ends, np.float32) for ends in zip(*samples, strict=True))
+    extremes = Extremes(len(samples), float(lows.sum()), float(highs.sum()), lows, highs)
+    ends = min(low for low, _ in samples), max(high for _, high in samples)
+    return TensorStats(count * len(samples), *ends, extremes)
+
+
 def stats(**ranges: Range) -> dict[str, TensorStats]:
-    return {n: TensorStats(count=1, lows=[low], highs=[high]) for n, (low, high) in ranges.items()}
+    return {name: seen(1, ends) for name, ends in ranges.items()}
 
 
 def solved(text: str, target: str = "ort-cpu-x64-vnni", **ranges: Range) -> dict[str, QParams]:
@@ -75,7 +83,7 @@ def test_overrides_win() -> None:
 
 def test_the_method_chooses_the_range() -> None:
     plan, tensors = planned(CONV)
-    known = {n: TensorStats(count=10**6, lows=[0.0, 0.0], highs=[2.0, 3.1]) for n in ("x", "y")}
+    known = {n: seen(10**6, (0.0, 2.0), (0.0, 3.1)) for n in ("x", "y")}
     assert float(solve_activations(plan, tensors, known, "mean")["x"].scale) == pytest.approx(
         2.55 / 255
     )

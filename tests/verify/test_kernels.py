@@ -100,6 +100,22 @@ def test_a_lookup_of_rows() -> None:
     assert (row.verdict, row.kernel) == ("integer", "GatherBlockQuantized")
 
 
+def test_codes_that_two_nodes_share_tell_nothing() -> None:
+    """One of them runs as integer, the other does not."""
+    model = parse(
+        f"g (float[1,4,6,6] x) => (float[1,4,6,6] y) <{K}> {{ [conv] a = Conv(x, k) [next] y = Conv(a, k) }}"
+    )
+    facts = {name: Fact(np.dtype(np.float32), None) for name in "xay"}
+    found = find_candidates(model, eager(), facts)
+    entries = tuple(NodePlan(name, "Conv", Form.STATIC) for name in ("conv", "next"))
+    head = f"g (float[1,4,6,6] x) => (float[1,4,6,6] y) <float s = {{1}}, uint8 p = {{0}}, {K}, int8[4,4,3,3] k_q = {{{', '.join(['1'] * 144)}}}>"
+    ran = parse(
+        f"{head} {{ [conv] a = {QLINEAR}(x, s, p, k_q, s, p, s, p) [next] y = Conv(a, k) }}"
+    )
+    rows = verdicts(ran, ran, Plan("t", "a", entries), found).nodes
+    assert [(row.node, row.verdict) for row in rows] == [("conv", "integer"), ("next", "float")]
+
+
 # ---- real ones
 
 

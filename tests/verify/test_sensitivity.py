@@ -13,7 +13,7 @@ from lowering import Compiled, compiled, constant, reference
 from numpy.typing import NDArray
 from rewrites import assert_same_interface, run
 
-from qcompile.calib.observe import with_outputs
+from qcompile.calib.taps import with_outputs
 from qcompile.graph import io
 from qcompile.plan.make import find_candidates
 from qcompile.plan.tensors import coding

@@ -1,0 +1,245 @@
+"""From the values of a tensor in a few samples to statistics, in calls that are few, whatever the shapes.
+
+Extremes and sums go over all values. A histogram counts about `counted` values of a tensor and sample, and the
+extremes: of a larger tensor every k-th value, or a grid of places of a feature map. Each counted value
+stands for as many as were left out, so that counts add up to the number of values.
+
+Samples may differ in shape: their values stand behind each other, and `reduceat` keeps them apart. What is
+found for a sample does not depend on which others are folded with it, but for the rounding of
+float64 sums.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompile.calib.histogram import UNIT, Histogram
+from qcompile.calib.stats import Channels, Extremes, TensorStats
+from qcompile.step import Need
+
+F32 = npt.NDArray[np.float32]
+COUNTED = 4096  # values of a tensor and sample in its histogram, and a few more
+_ROWS = 512  # rows up to which sums by column are exact enough in float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Reduced:
+    """One sample's feature map (N, channels, sides...) as the graph itself reduced it.
+
+    Attributes:
+        shape: of the feature map.
+        peaks, means: of each channel; float32 (N, channels).
+        bottoms: the least values likewise; None if they are known to be at `floor`.
+        grid: the values at a grid of places, float32 (N, channels, places...); None if not wanted.
+        floor: the least value possible.
+    """
+
+    shape: tuple[int, ...]
+    peaks: F32
+    means: F32
+    bottoms: F32 | None
+    grid: F32 | None
+    floor: float
+
+
+def fold_reduced(parts: Sequence[Reduced], need: Need) -> TensorStats | None:
+    """Statistics of one tensor's feature maps, one a sample.
+
+    None if they hold NaN or an infinity, or one was too small for its grid.
+    """
+    parts = [part for part in parts if math.prod(part.shape)]
+    if not parts:
+        return TensorStats()
+    floor, peaks = parts[0].floor, _joined([part.peaks for part in parts])
+    bottoms = [part.bottoms for part in parts if part.bottoms is not None]
+    starts = _starts([part.peaks.size for part in parts])
+    highs = np.maximum.reduceat(peaks, starts)
+    lows = np.full(len(parts), floor, np.float32)
+    if bottoms:
+        lows = np.minimum.reduceat(_joined(bottoms), starts)
+    means = _joined([part.means for part in parts])
+    if not math.isfinite(
+        float(highs.sum()) + float(lows.sum()) + float(means.sum(dtype=np.float64))
+    ):
+        return None
+    grids = [part.grid for part in parts if part.grid is not None]
+    if not all(grid.size for grid in grids):
+        return None
+    made = _ranged(sum(math.prod(part.shape) for part in parts), lows, highs)
+    width = parts[0].shape[1]
+    if need.channels and all(part.shape[1] == width for part in parts):
+        places = [math.prod(part.shape[2:]) for part in parts]
+        sums = sum(
+            part.means.sum(axis=0, dtype=np.float64) * count
+            for part, count in zip(parts, places, strict=True)
+        )
+        least = _joined(bottoms).reshape(-1, width).min(axis=0) if bottoms else None
+        made.channels = Channels(
+            axis=1, count=made.count // width, sums=np.asarray(sums),
+            lows=np.full(width, floor, np.float32) if least is None else least,
+            highs=peaks.reshape(-1, width).max(axis=0),
+            square_count=sum(grid.size for grid in grids) // width,
+            squares=_Planes(grids, 1).sums(square=True) if grids else np.zeros(width),
+        )  # fmt: skip
+    if need.histogram and grids:
+        made.histogram = Histogram()
+        sizes = [math.prod(part.shape) for part in parts]
+        _count(made.histogram, [grid.reshape(-1) for grid in grids], sizes, lows, highs)
+    return made
+
+
+def fold(
+    values: Sequence[npt.NDArray[Any]], need: Need, axis: int, counted: int
+) -> TensorStats | None:
+    """Statistics of one tensor, of any float type, from its values in each sample.
+
+    None if a value is NaN or infinite. There are none by channel where the number of channels varies, or the
+    tensor has one dimension.
+    """
+    with np.errstate(over="ignore"):  # doubles beyond float32 are infinite
+        values = [np.ascontiguousarray(array, np.float32) for array in values if array.size]
+    if not values:
+        return TensorStats()
+    flats = [array.reshape(-1) for array in values]
+    by_channel = need.channels or need.gram
+    by_channel &= values[0].ndim > 1 and len({(a.ndim, a.shape[axis]) for a in values}) == 1
+    if by_channel:
+        planes = _Planes(values, axis)
+        lows, highs = planes.lows.min(axis=1), planes.highs.max(axis=1)
+    else:
+        flat, starts = _joined(flats), _starts([part.size for part in flats])
+        lows, highs = np.minimum.reduceat(flat, starts), np.maximum.reduceat(flat, starts)
+    if not math.isfinite(float(lows.sum(dtype=np.float64)) + float(highs.sum(dtype=np.float64))):
+        return None
+    made = _ranged(sum(part.size for part in flats), lows, highs)
+    if need.histogram:
+        made.histogram = Histogram()
+        chosen = [part[:: stride(part.size, counted)] for part in flats]
+        _count(made.histogram, chosen, [part.size for part in flats], lows, highs)
+    if by_channel:
+        made.channels = planes.channels()
+        if need.gram:
+            made.gram, made.rows = _gram(values, axis)
+    return made
+
+
+def fold_finite(values: npt.NDArray[Any], need: Need, counted: int) -> TensorStats:
+    """Statistics of the finite values of one sample's tensor, none by channel; infinities are counted."""
+    with np.errstate(over="ignore"):
+        flat = np.asarray(values, np.float32).reshape(-1)
+    finite = flat[np.isfinite(flat)]
+    made = fold([finite], Need(need.tensor, need.histogram), 0, counted)
+    assert made is not None
+    made.infinite = flat.size - finite.size
+    return made
+
+
+def stride(size: int, most: int) -> int:
+    """The least k, without a factor in common with `size`, of which every k-th value are `most` or fewer.
+
+    Thus no row, column or channel of the tensor is left out.
+    """
+    step = max(1, -(-size // most))
+    while math.gcd(step, size) > 1:
+        step += 1
+    return step
+
+
+def _joined(parts: Sequence[F32]) -> F32:
+    return parts[0].reshape(-1) if len(parts) == 1 else np.concatenate(parts, axis=None)
+
+
+def _starts(sizes: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    return np.concatenate([[0], np.cumsum(sizes)[:-1]])
+
+
+def _ranged(count: int, lows: F32, highs: F32) -> TensorStats:
+    extremes = Extremes(
+        lows.size, float(lows.sum(dtype=np.float64)), float(highs.sum(dtype=np.float64)), lows, highs
+    )  # fmt: skip
+    return TensorStats(count, float(lows.min()), float(highs.max()), extremes)
+
+
+def _count(
+    made: Histogram, chosen: Sequence[F32], sizes: Sequence[int], lows: F32, highs: F32
+) -> None:  # fmt: skip
+    """Counts what was chosen of each sample's `sizes[i]` values, weighted to stand for all of them."""
+    signed = bool(lows.min() < 0)
+    by_weight: dict[int, list[F32]] = {}
+    for part, size in zip(chosen, sizes, strict=True):
+        by_weight.setdefault(round(UNIT * size / part.size), []).append(part)
+    for weight, parts in by_weight.items():
+        made.count(np.ascontiguousarray(_joined(parts)), weight, signed=signed)
+    partly = [part.size < size for part, size in zip(chosen, sizes, strict=True)]
+    if any(partly):  # that there are extremes is known, whether they were chosen or not
+        made.count(np.concatenate([lows[partly], highs[partly]]), signed=signed)
+
+
+class _Planes:
+    """Samples of one tensor cut into pieces that belong to one sample and one channel, or to some rows of all.
+
+    Attributes:
+        lows, highs: of each sample and channel, float32 (samples, channels).
+    """
+
+    def __init__(self, values: Sequence[F32], axis: int) -> None:
+        self.width, self.axis = values[0].shape[axis], axis
+        self._flat = _joined(values)
+        if axis in (-1, values[0].ndim - 1):
+            self._values = self._flat.reshape(-1, self.width)
+            counts = [array.size // self.width for array in values]
+            firsts = _starts(counts)
+            # a few rows at a time: their sums are exact enough in float32
+            pieces = [
+                np.arange(0, n, _ROWS) + first for n, first in zip(counts, firsts, strict=True)
+            ]
+            self._starts, self._samples = np.concatenate(pieces), _starts([p.size for p in pieces])
+        else:
+            self._values = self._flat
+            counts = [math.prod(array.shape[:axis]) for array in values]
+            sizes = [
+                np.full(n * self.width, a.size // (n * self.width))
+                for n, a in zip(counts, values, strict=True)
+            ]
+            self._starts, self._samples = _starts(np.concatenate(sizes)), _starts(counts)
+        self.lows = np.minimum.reduceat(
+            self._pieces(np.minimum, self._values), self._samples, axis=0
+        )
+        self.highs = np.maximum.reduceat(
+            self._pieces(np.maximum, self._values), self._samples, axis=0
+        )
+
+    def _pieces(self, reduce: np.ufunc, values: F32) -> F32:
+        """Each piece reduced: float32 (pieces, channels)."""
+        found: F32 = reduce.reduceat(values, self._starts, axis=0).reshape(-1, self.width)
+        return found
+
+    def sums(self, *, square: bool) -> npt.NDArray[np.float64]:
+        """The sum over each channel of the values, or of their squares: float64 (channels,)."""
+        values = np.square(self._values) if square else self._values
+        return np.asarray(self._pieces(np.add, values).sum(axis=0, dtype=np.float64))
+
+    def channels(self) -> Channels:
+        """The statistics by channel."""
+        count = self._flat.size // self.width
+        with np.errstate(over="ignore"):  # squares of values beyond 1e19
+            sums, squares = self.sums(square=False), self.sums(square=True)
+        lows, highs = self.lows.min(axis=0), self.highs.max(axis=0)
+        return Channels(self.axis, count, sums, lows, highs, count, squares)
+
+
+def _gram(values: Sequence[F32], axis: int) -> tuple[npt.NDArray[np.float64], int]:
+    """X'X, float64 (channels, channels), and the number of rows of X."""
+    width = values[0].shape[axis]
+    total, count = np.zeros((width, width)), 0
+    for part in values:
+        rows = np.moveaxis(part, axis, -1).reshape(-1, width)
+        total += rows.T @ rows
+        count += rows.shape[0]
+    return total, count

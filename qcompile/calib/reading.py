@@ -1,0 +1,228 @@
+"""Reads what a tapped model gives for samples: quickly as a rule, value by value where something is odd."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from qcompile.calib.batches import Batch, may_run_together
+from qcompile.calib.fold import fold_finite
+from qcompile.calib.stats import TensorStats
+from qcompile.calib.taps import tapped
+from qcompile.errors import ModelError
+from qcompile.graph.edit import graphs
+from qcompile.run.probe import Fact
+from qcompile.run.session import Bound, Feed, Options, Session
+from qcompile.step import Need
+
+_HUGE = 1e8  # constants as large as this are masks, and infinities what they lead to
+_MASK_SIZE = 1 << 16  # values of a constant that is looked through for them
+_TRIALS = 2  # batches that are compared with their samples, one by one
+
+Array = npt.NDArray[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bad:
+    """A value that no range can hold: of which sample and tensor, and where in it."""
+
+    sample: int
+    tensor: str
+    index: tuple[int, ...]
+    value: float
+
+    def __str__(self) -> str:
+        what = "NaN" if np.isnan(self.value) else "infinite"
+        place = f" at index {list(self.index)}" if self.index else ""
+        return f"tensor {self.tensor!r} is {what}{place} for sample {self.sample} of the calibration data"
+
+
+@dataclasses.dataclass
+class Found:
+    """What a batch left: statistics of each tensor of its good samples, as one part or several; the bad ones."""
+
+    stats: list[list[TensorStats]]
+    bad: list[Bad]
+
+
+class Runner:
+    """The tapped model, loaded. Each thread reads its outputs where ORT wrote them."""
+
+    def __init__(
+        self, model: ir.Model, needs: Sequence[Need], facts: Mapping[str, Fact], *, counted: int,
+        workers: int, whole: bool = False,
+    ) -> None:  # fmt: skip
+        """With `whole` nothing is reduced in the graph."""
+        self.model, self.needs, self.facts = model, needs, facts
+        self.counted, self.workers = counted, workers
+        made, self.taps = tapped(model, needs, facts, counted=counted, whole=whole)
+        # Alone, a run takes all cores.
+        options = Options("all", threads=1 if workers > 1 else 0, pattern=_has_fixed_shapes(model))
+        self._session = Session(made, options)
+        self._outputs = [name for tap in self.taps for name in tap.outputs]
+        self._roles = [role for tap in self.taps for role in tap.roles]
+        self._own = threading.local()
+        self._lock = threading.Lock()
+        self._trials = 0
+        self.together = may_run_together(model, self.bytes) and not whole
+
+    @property
+    def bytes(self) -> int:
+        """What the outputs of a sample take."""
+        return sum(tap.bytes for tap in self.taps)
+
+    def run(self, feed: Feed) -> list[Array]:
+        """The outputs, as views that hold until this thread's next run."""
+        bound: Bound | None = getattr(self._own, "bound", None)
+        if bound is None:
+            bound = self._own.bound = self._session.bound(self._outputs)
+        return bound.run(feed)
+
+    def read(self, batch: Batch) -> list[TensorStats] | None:
+        """Statistics of each tensor over the batch; None if the outputs do not tell all.
+
+        Raises:
+            ModelError: ORT fails.
+        """
+        samples = self._outputs_of(batch)
+        found: list[TensorStats] = []
+        place = 0
+        for tap in self.taps:
+            end = place + len(tap.outputs)
+            stats = tap.read([arrays[place:end] for arrays in samples], self.counted)
+            if stats is None:
+                return None
+            found.append(stats)
+            place = end
+        return found
+
+    def _outputs_of(self, batch: Batch) -> list[list[Array]]:
+        """The outputs of each sample."""
+        count = len(batch.numbers)
+        if count == 1:
+            return [self.run(batch.feeds[0])]
+        if self.together and batch.alike and self._proved(batch):
+            return self._split(self.run(batch.joined()), count)
+        return [[array.copy() for array in self.run(feed)] for feed in batch.feeds]
+
+    def _split(self, arrays: list[Array], count: int) -> list[list[Array]]:
+        """What samples that ran together gave, one by one."""
+        parts: list[list[Array]] = [[] for _ in range(count)]
+        for role, array in zip(self._roles, arrays, strict=True):
+            pieces = np.split(array, count) if role != "shape" else [_share(array, count)] * count
+            for part, piece in zip(parts, pieces, strict=True):
+                part.append(piece)
+        return parts
+
+    def _proved(self, batch: Batch) -> bool:
+        """Whether samples together give the same bits as one by one: tried on the first batches."""
+        with self._lock:
+            if self._trials < _TRIALS and self.together:
+                self.together = self._same(batch)
+                self._trials += 1
+            return self.together
+
+    def _same(self, batch: Batch) -> bool:
+        apart = [[array.copy() for array in self.run(feed)] for feed in batch.feeds]
+        try:
+            joined = self.run(batch.joined())
+        except ModelError:
+            return False
+        count = len(batch.feeds)
+        sized = [array for array, role in zip(joined, self._roles, strict=True) if role != "shape"]
+        if any(not array.ndim or array.shape[0] % count for array in sized):
+            return False
+        return all(
+            a.shape == b.shape and a.tobytes() == b.tobytes()
+            for ours, theirs in zip(self._split(joined, count), apart, strict=True)
+            for a, b in zip(ours, theirs, strict=True)
+        )
+
+
+def _share(shape: Array, count: int) -> Array:
+    """The shape of one of so many samples that ran together."""
+    own = shape.copy()
+    own[0] //= count
+    return own
+
+
+def _has_fixed_shapes(model: ir.Model) -> bool:
+    """Whether only the first dimensions of the inputs vary."""
+    return all(
+        value.shape is not None and all(isinstance(dim, int) for dim in value.shape[1:])
+        for value in model.graph.inputs
+    )
+
+
+class Exact:
+    """Reads samples one by one from all values of their tensors, and tells which value is wrong."""
+
+    def __init__(self, quick: Runner, *, masks: bool, infinite: Iterable[str] = ()) -> None:
+        """With `masks` infinities are what the model's own constants lead to, and no error."""
+        self._quick, self._masks = quick, masks
+        self._runner: Runner | None = None
+        self._lock = threading.Lock()
+        self.infinite: set[str] = set(infinite)  # tensors whose infinities belong to the model
+
+    def read(self, batch: Batch, *, first: bool) -> Found:
+        """What the samples leave; infinities in the `first` ones are taken to belong to the model."""
+        with self._lock:
+            if self._runner is None:
+                quick = self._quick
+                self._runner = Runner(
+                    quick.model, quick.needs, quick.facts, counted=quick.counted, workers=quick.workers,
+                    whole=True,
+                )  # fmt: skip
+        found = Found([], [])
+        for number, feed in batch.singles:
+            values = self._runner.run(feed)
+            if first:
+                self.infinite |= {
+                    tap.need.tensor
+                    for tap, array in zip(self._runner.taps, values, strict=True)
+                    if np.isinf(array).any() and not np.isnan(array).any()
+                }
+            stats: list[TensorStats] = []
+            for tap, array in zip(self._runner.taps, values, strict=True):
+                one = tap.read([[array]], self._runner.counted)
+                if one is None:
+                    bad = self._bad(number, tap.need.tensor, array)
+                    if bad is not None:
+                        found.bad.append(bad)
+                        break
+                    one = fold_finite(array, tap.need, self._runner.counted)
+                stats.append(one)
+            else:
+                found.stats.append(stats)
+        return found
+
+    def _bad(self, number: int, tensor: str, array: Array) -> Bad | None:
+        wrong = np.isnan(array)
+        if not wrong.any():
+            if self._masks or tensor in self.infinite:
+                return None
+            wrong = np.isinf(array)
+        index = tuple(map(int, np.argwhere(wrong)[0])) if array.ndim else ()
+        return Bad(number, tensor, index, float(array[index]))
+
+
+def has_masks(model: ir.Model) -> bool:
+    """Whether a constant of the model is as large as only those are that mask something out."""
+    for graph in graphs(model):
+        tensors = [v.const_value for v in graph.initializers.values() if v.const_value is not None]
+        tensors += [
+            a.as_tensor() for n in graph for a in n.attributes.values()
+            if a.type == ir.AttributeType.TENSOR and not a.is_ref()
+        ]  # fmt: skip
+        for tensor in tensors:
+            if tensor.dtype.is_floating_point() and 0 < tensor.size <= _MASK_SIZE:
+                values = np.asarray(tensor.numpy(), np.float64)
+                if np.abs(values).max() >= _HUGE:
+                    return True
+    return False

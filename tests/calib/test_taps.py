@@ -1,0 +1,203 @@
+"""Large feature maps, which the graph itself reduces, and how grids and axes are chosen."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rewrites import parse, run
+from statistic import F32, Feed, assert_same, watch
+
+from qcompile.calib.histogram import UNIT
+from qcompile.calib.taps import (
+    _places,
+    channel_axis,
+    grid_steps,
+    known_bounds,
+    tapped,
+    with_outputs,
+)
+from qcompile.errors import DataError
+from qcompile.run.probe import probe
+from qcompile.step import Need
+
+
+def large(count: int = 4, side: int = 40) -> list[Feed]:
+    rng = np.random.default_rng(1)
+    return [{"x": rng.normal(i - 1, 1 + i, (1, 8, side, side)).astype(F32)} for i in range(count)]
+
+
+CONVS = parse(
+    "g (float[N,8,H,W] x) => (float[N,8,H,W] y) <float[8,1,1,1] w = {1, 2, 3, 4, 5, 6, 7, 8}> "
+    "{ a = Conv<group = 8>(x, w) b = Relu(a) y = Conv<group = 8>(b, w) }"
+)
+
+
+@pytest.mark.parametrize("counted", [64, 4096, 1 << 20])
+def test_reduced_in_the_graph_or_not(counted: int) -> None:
+    """Ranges and means are those of all values; histograms are close, and exact if all is counted."""
+    samples = large()
+    found = watch(samples, CONVS, ("a", "b", "y"), counted=counted).tensors
+    w = np.arange(1, 9, dtype=F32).reshape(1, 8, 1, 1)
+    for name, values in {
+        "a": [f["x"] * w for f in samples],
+        "b": [np.maximum(f["x"] * w, 0) for f in samples],
+    }.items():
+        stats = found[name]
+        assert stats.low == min(v.min() for v in values)
+        assert stats.high == max(v.max() for v in values)
+        np.testing.assert_array_equal(stats.extremes.highs, [v.max() for v in values])
+        together = np.concatenate(values)
+        assert stats.channels is not None
+        np.testing.assert_allclose(
+            stats.channels.mean(),
+            together.mean(axis=(0, 2, 3), dtype=np.float64),
+            rtol=1e-4,
+            atol=1e-4,
+        )
+        np.testing.assert_array_equal(stats.channels.highs, together.max(axis=(0, 2, 3)))
+        np.testing.assert_array_equal(stats.channels.lows, together.min(axis=(0, 2, 3)))
+        moment = np.square(together).mean(axis=(0, 2, 3))
+        off = {64: 2.0, 4096: 0.3}.get(counted, 1e-4)  # the grid has few places
+        np.testing.assert_allclose(stats.channels.second_moment(), moment, rtol=off)
+        assert stats.histogram is not None
+        assert stats.histogram.total == pytest.approx(UNIT * together.size, rel=0.01)
+        if counted == 64:
+            continue
+        middle = stats.histogram.bins().clipped(stats.low, stats.high).quantile(0.9)
+        assert middle == pytest.approx(np.quantile(together, 0.9), abs=0.03 * stats.span)
+
+
+def test_reduced_maps_of_all_sizes() -> None:
+    """Also of such as are too small for the grid that was laid out for the first sample."""
+    samples = [*large(1), *large(1, side=3), *large(1, side=1), *large(1, side=90)]
+    made = watch(samples, CONVS, ("b", "y"))
+    assert made.samples == 4
+    assert made.tensors["b"].count == 8 * (40 * 40 + 9 + 1 + 90 * 90)
+    assert made.tensors["b"].high == max(
+        np.max(f["x"] * np.arange(1, 9).reshape(1, 8, 1, 1)) for f in samples
+    )
+
+
+def test_nan_in_a_reduced_map_is_found() -> None:
+    samples = large(3)
+    samples[2]["x"][0, 5, 7, 9] = np.nan
+    with pytest.raises(DataError, match=r"tensor 'a' is NaN at index \[0, 5, 7, 9\] for sample 2"):
+        watch(samples, CONVS, ("a", "b"))
+
+
+def test_the_shards_of_a_reduced_map_make_the_whole() -> None:
+    samples = large(7)
+    whole = watch(samples, CONVS, ("a", "b", "y")).tensors
+    joined = watch(samples[:3], CONVS, ("a", "b", "y")).tensors
+    for name, part in watch(samples[3:], CONVS, ("a", "b", "y")).tensors.items():
+        joined[name].add(part)
+    assert_same(joined, whole, rtol=1e-12)
+
+
+# ---- its parts
+
+
+@given(
+    st.tuples(st.integers(1, 4), st.integers(1, 300)), st.lists(st.integers(1, 300), min_size=1, max_size=3),
+    st.integers(1, 10_000),
+)  # fmt: skip
+def test_grids(front: tuple[int, int], sides: list[int], counted: int) -> None:
+    """Odd steps; at least three places of a side that has them; no more values than wanted, else the least."""
+    steps = grid_steps((*front, *sides), counted)
+    assert all(step % 2 == 1 for step in steps)
+    places = [len(range(step // 2, side, step)) for side, step in zip(sides, steps, strict=True)]
+    assert places == [_places(side, step) for side, step in zip(sides, steps, strict=True)]
+    assert all(count >= min(3, side) for count, side in zip(places, sides, strict=True))
+    total = math.prod(front) * math.prod(places)
+    coarsest = all(_places(side, step + 2) < 3 for side, step in zip(sides, steps, strict=True))
+    assert (
+        total <= counted
+        or coarsest
+        or any(_places(s, t + 2) < 3 for s, t in zip(sides, steps, strict=True))
+    )
+
+
+def values_of(text: str) -> dict[str, ir.Value]:
+    model = parse(text)
+    return {
+        v.name or "": v for v in [*model.graph.inputs, *(v for n in model.graph for v in n.outputs)]
+    }
+
+
+def test_axes() -> None:
+    found = values_of(
+        "g (float[N,4,6,6] x, float[N,5,8] t) => (float[N,4,6,6] y, float[N,5,8] z) "
+        "<float[4,4,1,1] w = {1,2,3,4,5,6,7,8,9,10,11,12,13,14,15,16}, float[8,8] m> "
+        "{ a = Conv(x, w) b = Sigmoid(a) c = Mul(a, b) y = Conv(c, w) u = Relu(t) v = MatMul(u, m) z = Add(v, t) }"
+    )  # fmt: skip
+    assert [channel_axis(found[name]) for name in "xabcy"] == [1] * 5
+    assert [channel_axis(found[name]) for name in "tuvz"] == [-1] * 4
+
+
+def test_bounds() -> None:
+    found = values_of(
+        "g (float[4] x) => (float[4] y) <float low = {0}, float six = {6}> "
+        "{ a = Relu(x) b = Sigmoid(x) c = Softmax(x) d = Clip(x, low, six) e = Abs(x) f = Tanh(x) y = Sum(a, b, c, d, e, f) }"
+    )
+    inf = math.inf
+    wanted = {
+        "x": (-inf, inf),
+        "a": (0, inf),
+        "b": (0, 1),
+        "c": (0, 1),
+        "d": (0, 6),
+        "e": (0, inf),
+        "f": (-inf, inf),
+    }
+    assert {name: known_bounds(found[name]) for name in wanted} == wanted
+
+
+def test_what_a_large_map_needs_is_computed_behind_it() -> None:
+    facts = probe(CONVS, large(1)[0])
+    made, taps = tapped(CONVS, [Need("a", histogram=True), Need("b", histogram=True)], facts)
+    assert [tap.roles for tap in taps] == [
+        ("shape", "peaks", "means", "bottoms", "grid"),
+        ("shape", "peaks", "means", "grid"),  # a Relu's least value is known
+    ]
+    after = [node.op_type for node in made.graph]
+    assert after.index("GlobalMaxPool") < after.index("Relu")
+    assert sum(tap.bytes for tap in taps) < 4 * 2 * facts["a"].elements / 3
+    assert "y" not in {value.name for value in made.graph.outputs}
+
+
+def test_small_tensors_gram_and_old_opsets_come_out_whole() -> None:
+    facts = probe(CONVS, large(1, side=8)[0])
+    assert tapped(CONVS, [Need("a")], facts)[1][0].roles == ("whole",)
+    facts = probe(CONVS, large(1)[0])
+    assert tapped(CONVS, [Need("a", gram=True)], facts)[1][0].roles == ("whole",)
+    assert tapped(CONVS, [Need("a")], facts, whole=True)[1][0].roles == ("whole",)
+    old = CONVS.clone()
+    old.opset_imports[""] = 9
+    assert tapped(old, [Need("a")], facts)[1][0].roles == ("whole",)
+
+
+def test_any_value_can_be_an_output() -> None:
+    """An inner one, an input, a constant; the outputs there were are gone, the model is as it was."""
+    model = parse(
+        "g (float[2] x) => (float[2] y) <float[2] w = {1, 2}> { a = Add(x, w) y = Neg(a) }"
+    )
+    before = ir.to_onnx_text(model)
+    shown = with_outputs(model, ["a", "x", "w"])
+    values = run(shown, {"x": np.array([3, 4], np.float32)})
+    assert [v.tolist() for v in values] == [[4, 6], [3, 4], [1, 2]]
+    assert ir.to_onnx_text(model) == before
+
+
+def test_what_no_output_needs_is_not_computed() -> None:
+    model = parse(
+        "g (float[2] x) => (float[2] y) <float[2] w = {1, 2}> { a = Neg(x) b = Log(a) y = Add(b, w) }"
+    )
+    shown = with_outputs(model, ["a"])
+    assert [node.op_type for node in shown.graph] == ["Neg"]
+    assert not shown.graph.initializers
+    assert [value.name for value in shown.graph.inputs] == ["x"]

@@ -10,7 +10,6 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from rewrites import parse
 
-from qcompile.calib.fold import Reduced
 from qcompile.calib.histogram import Histogram
 from qcompile.calib.observe import Observed, Settings, observe
 from qcompile.calib.stats import TensorStats
@@ -83,15 +82,3 @@ def assert_same(
             np.testing.assert_allclose(mine.channels.sums, other.channels.sums, rtol=rtol)
             np.testing.assert_allclose(mine.channels.squares, other.channels.squares, rtol=rtol)
             np.testing.assert_array_equal(mine.channels.highs, other.channels.highs)
-
-
-def reduced(
-    x: NDArray[Any], step: int = 1, *, floor: float | None = None, half: NDArray[Any] | None = None
-) -> Reduced:
-    places = tuple(range(2, x.ndim))
-    grid = x[(slice(None), slice(None), *[slice(None, None, step)] * len(places))]
-    return Reduced(
-        shape=x.shape, peaks=x.max(axis=places), means=x.mean(axis=places),
-        bottoms=x.min(axis=places) if floor is None else None, grid=grid,
-        floor=-9.0 if floor is None else floor,
-    )  # fmt: skip

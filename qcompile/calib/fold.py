@@ -1,8 +1,8 @@
 """From the values of a tensor in a few samples to statistics, in calls that are few, whatever the shapes.
 
 Extremes and sums go over all values. A histogram counts about `counted` values of a tensor and sample, and the
-extremes: of a larger tensor every k-th value, or a grid of places of a feature map. Each counted value
-stands for as many as were left out, so that counts add up to the number of values.
+extremes: of a larger tensor every k-th value, of a feature map a grid of places (`qcompile.calib.maps`). Each
+counted value stands for as many as were left out, so that counts add up to the number of values.
 
 Samples may differ in shape: their values stand behind each other, and `reduceat` keeps them apart. What is
 found for a sample does not depend on which others are folded with it, but for the rounding of
@@ -11,7 +11,6 @@ float64 sums.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -26,72 +25,6 @@ from qcompile.step import Need
 F32 = npt.NDArray[np.float32]
 COUNTED = 4096  # values of a tensor and sample in its histogram, and a few more
 _ROWS = 512  # rows up to which sums by column are exact enough in float32
-
-
-@dataclasses.dataclass(frozen=True)
-class Reduced:
-    """One sample's feature map (N, channels, sides...) as the graph itself reduced it.
-
-    Attributes:
-        shape: of the feature map.
-        peaks, means: of each channel; float32 (N, channels).
-        bottoms: the least values likewise; None if they are known to be at `floor`.
-        grid: the values at a grid of places, float32 (N, channels, places...); None if not wanted.
-        floor: the least value possible.
-    """
-
-    shape: tuple[int, ...]
-    peaks: F32
-    means: F32
-    bottoms: F32 | None
-    grid: F32 | None
-    floor: float
-
-
-def fold_reduced(parts: Sequence[Reduced], need: Need) -> TensorStats | None:
-    """Statistics of one tensor's feature maps, one a sample.
-
-    None if they hold NaN or an infinity, or one was too small for its grid.
-    """
-    parts = [part for part in parts if math.prod(part.shape)]
-    if not parts:
-        return TensorStats()
-    floor, peaks = parts[0].floor, _joined([part.peaks for part in parts])
-    bottoms = [part.bottoms for part in parts if part.bottoms is not None]
-    starts = _starts([part.peaks.size for part in parts])
-    highs = np.maximum.reduceat(peaks, starts)
-    lows = np.full(len(parts), floor, np.float32)
-    if bottoms:
-        lows = np.minimum.reduceat(_joined(bottoms), starts)
-    means = _joined([part.means for part in parts])
-    if not math.isfinite(
-        float(highs.sum()) + float(lows.sum()) + float(means.sum(dtype=np.float64))
-    ):
-        return None
-    grids = [part.grid for part in parts if part.grid is not None]
-    if not all(grid.size for grid in grids):
-        return None
-    made = _ranged(sum(math.prod(part.shape) for part in parts), lows, highs)
-    width = parts[0].shape[1]
-    if need.channels and all(part.shape[1] == width for part in parts):
-        places = [math.prod(part.shape[2:]) for part in parts]
-        sums = sum(
-            part.means.sum(axis=0, dtype=np.float64) * count
-            for part, count in zip(parts, places, strict=True)
-        )
-        least = _joined(bottoms).reshape(-1, width).min(axis=0) if bottoms else None
-        made.channels = Channels(
-            axis=1, count=made.count // width, sums=np.asarray(sums),
-            lows=np.full(width, floor, np.float32) if least is None else least,
-            highs=peaks.reshape(-1, width).max(axis=0),
-            square_count=sum(grid.size for grid in grids) // width,
-            squares=_Planes(grids, 1).sums(square=True) if grids else np.zeros(width),
-        )  # fmt: skip
-    if need.histogram and grids:
-        made.histogram = Histogram()
-        sizes = [math.prod(part.shape) for part in parts]
-        _count(made.histogram, [grid.reshape(-1) for grid in grids], sizes, lows, highs)
-    return made
 
 
 def fold(
@@ -117,11 +50,11 @@ def fold(
         lows, highs = np.minimum.reduceat(flat, starts), np.maximum.reduceat(flat, starts)
     if not math.isfinite(float(lows.sum(dtype=np.float64)) + float(highs.sum(dtype=np.float64))):
         return None
-    made = _ranged(sum(part.size for part in flats), lows, highs)
+    made = ranged(sum(part.size for part in flats), lows, highs)
     if need.histogram:
         made.histogram = Histogram()
         chosen = [part[:: stride(part.size, counted)] for part in flats]
-        _count(made.histogram, chosen, [part.size for part in flats], lows, highs)
+        count_chosen(made.histogram, chosen, [part.size for part in flats], lows, highs)
     if by_channel:
         made.channels = planes.channels()
         if need.gram:
@@ -159,26 +92,26 @@ def _starts(sizes: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int6
     return np.concatenate([[0], np.cumsum(sizes)[:-1]])
 
 
-def _ranged(count: int, lows: F32, highs: F32) -> TensorStats:
+def ranged(count: int, lows: F32, highs: F32) -> TensorStats:
+    """Statistics of so many values, with these extremes of each sample: float32 (samples,)."""
     extremes = Extremes(
         lows.size, float(lows.sum(dtype=np.float64)), float(highs.sum(dtype=np.float64)), lows, highs
     )  # fmt: skip
     return TensorStats(count, float(lows.min()), float(highs.max()), extremes)
 
 
-def _count(
+def count_chosen(
     made: Histogram, chosen: Sequence[F32], sizes: Sequence[int], lows: F32, highs: F32
 ) -> None:  # fmt: skip
     """Counts what was chosen of each sample's `sizes[i]` values, weighted to stand for all of them."""
-    signed = bool(lows.min() < 0)
     by_weight: dict[int, list[F32]] = {}
     for part, size in zip(chosen, sizes, strict=True):
         by_weight.setdefault(round(UNIT * size / part.size), []).append(part)
     for weight, parts in by_weight.items():
-        made.count(np.ascontiguousarray(_joined(parts)), weight, signed=signed)
+        made.count(np.ascontiguousarray(_joined(parts)), weight)
     partly = [part.size < size for part, size in zip(chosen, sizes, strict=True)]
     if any(partly):  # that there are extremes is known, whether they were chosen or not
-        made.count(np.concatenate([lows[partly], highs[partly]]), signed=signed)
+        made.count(np.concatenate([lows[partly], highs[partly]]))
 
 
 class _Planes:

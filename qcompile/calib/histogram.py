@@ -20,9 +20,9 @@ import numpy.typing as npt
 Counts = npt.NDArray[np.int64]
 Array = npt.NDArray[np.float64]
 
+SIGN = 1 << 15  # bins of each sign, zero's among them
 UNIT = 256  # what one value counts
 _LITTLE = sys.byteorder == "little"
-_NEGATIVE = 1 << 15  # the bin of -0.0
 _COMMON = 96 << 7  # the bin of 2**-31: smaller magnitudes are rare
 
 
@@ -73,29 +73,19 @@ class Histogram:
         self.positive.add(other.positive.start, other.positive.counts)
         self.negative.add(other.negative.start, other.negative.counts)
 
-    def count(
-        self, values: npt.NDArray[np.float32], weight: int = UNIT, *, signed: bool = True
-    ) -> None:
-        """Each of `values`, finite and of rank 1, adds `weight`. None is negative unless `signed`."""
-        if signed:
-            below = values < 0
-            self._count(self.negative, np.negative(values[below]), weight)
-            values = values[~below]
-        self._count(self.positive, np.ascontiguousarray(values), weight)
-
-    def _count(self, window: Window, values: npt.NDArray[np.float32], weight: int) -> None:
+    def count(self, values: npt.NDArray[np.float32], weight: int = UNIT) -> None:
+        """Each of `values`, finite, contiguous and of rank 1, adds `weight`."""
         if not values.size:
             return
         halves = values.view(np.uint16)
         counts = np.bincount(halves[1::2] if _LITTLE else halves[::2])
-        if counts.size > _NEGATIVE:  # -0.0 is not less than 0
-            counts[0] += counts[_NEGATIVE]
-            counts = counts[:_NEGATIVE]
         if weight != 1:
             counts *= weight
-        self.zeros += int(counts[0])
-        start = 1 if counts[1:_COMMON].any() else _COMMON
-        window.add(start, counts[start:])
+        for window, part in ((self.positive, counts[:SIGN]), (self.negative, counts[SIGN:])):
+            if part.size:
+                self.zeros += int(part[0])
+                start = 1 if part[1:_COMMON].any() else _COMMON
+                window.add(start, part[start:])
 
     def bins(self) -> Bins:
         """The filled bins, in the order of their values."""

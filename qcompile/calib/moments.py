@@ -39,7 +39,9 @@ def rounding_shift(
     shifts: dict[str, list[npt.NDArray[np.float64]]] = {}
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for group in groups_within(list(params), facts, memory):
-            session = Session(with_outputs(model, group), Options("all", threads=threads))
+            session = Session(
+                with_outputs(model, group), Options("all", threads=threads, in_order=True)
+            )
             bound = session.bound(group)
             for feed in kept:
                 values = bound.run(feed)

@@ -121,17 +121,17 @@ def _groups(
     """Needs whose outputs fit the memory together, and how many runs go side by side."""
     workers = settings.workers or os.cpu_count() or 1
     _, taps = tapped(model, needs.values(), facts, counted=settings.counted)
-    total = sum(tap.bytes for tap in taps)
+    total = sum(taps.bytes.values())
     while workers > 1 and total * workers > settings.memory:
         workers -= 1
     groups: list[list[Need]] = []
     room = 0
-    for tap in taps:
-        if not groups or tap.bytes * workers > room:
+    for name, size in taps.bytes.items():
+        if not groups or size * workers > room:
             groups.append([])
             room = settings.memory
-        groups[-1].append(tap.need)
-        room -= tap.bytes * workers
+        groups[-1].append(needs[name])
+        room -= size * workers
     return groups, workers
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.calib.batches import Batch, may_run_together
-from qcompile.calib.fold import fold_finite
+from qcompile.calib.fold import fold, fold_finite
 from qcompile.calib.stats import TensorStats
 from qcompile.calib.taps import tapped
 from qcompile.errors import ModelError
@@ -63,10 +63,10 @@ class Runner:
         self.counted, self.workers = counted, workers
         made, self.taps = tapped(model, needs, facts, counted=counted, whole=whole)
         # Alone, a run takes all cores.
-        options = Options("all", threads=1 if workers > 1 else 0, pattern=_has_fixed_shapes(model))
+        threads = 1 if workers > 1 else 0
+        options = Options("all", threads, pattern=_has_fixed_shapes(model), in_order=True)
         self._session = Session(made, options)
-        self._outputs = [name for tap in self.taps for name in tap.outputs]
-        self._roles = [role for tap in self.taps for role in tap.roles]
+        self._shapes = self.taps.shapes
         self._own = threading.local()
         self._lock = threading.Lock()
         self._trials = 0
@@ -75,13 +75,13 @@ class Runner:
     @property
     def bytes(self) -> int:
         """What the outputs of a sample take."""
-        return sum(tap.bytes for tap in self.taps)
+        return sum(self.taps.bytes.values())
 
     def run(self, feed: Feed) -> list[Array]:
         """The outputs, as views that hold until this thread's next run."""
         bound: Bound | None = getattr(self._own, "bound", None)
         if bound is None:
-            bound = self._own.bound = self._session.bound(self._outputs)
+            bound = self._own.bound = self._session.bound(self.taps.outputs)
         return bound.run(feed)
 
     def read(self, batch: Batch) -> list[TensorStats] | None:
@@ -90,17 +90,7 @@ class Runner:
         Raises:
             ModelError: ORT fails.
         """
-        samples = self._outputs_of(batch)
-        found: list[TensorStats] = []
-        place = 0
-        for tap in self.taps:
-            end = place + len(tap.outputs)
-            stats = tap.read([arrays[place:end] for arrays in samples], self.counted)
-            if stats is None:
-                return None
-            found.append(stats)
-            place = end
-        return found
+        return self.taps.read(self._outputs_of(batch), self.counted)
 
     def _outputs_of(self, batch: Batch) -> list[list[Array]]:
         """The outputs of each sample."""
@@ -114,8 +104,8 @@ class Runner:
     def _split(self, arrays: list[Array], count: int) -> list[list[Array]]:
         """What samples that ran together gave, one by one."""
         parts: list[list[Array]] = [[] for _ in range(count)]
-        for role, array in zip(self._roles, arrays, strict=True):
-            pieces = np.split(array, count) if role != "shape" else [_share(array, count)] * count
+        for rank, array in zip(self._shapes, arrays, strict=True):
+            pieces = [_share(array, rank, count)] * count if rank else np.split(array, count)
             for part, piece in zip(parts, pieces, strict=True):
                 part.append(piece)
         return parts
@@ -135,7 +125,7 @@ class Runner:
         except ModelError:
             return False
         count = len(batch.feeds)
-        sized = [array for array, role in zip(joined, self._roles, strict=True) if role != "shape"]
+        sized = [array for array, rank in zip(joined, self._shapes, strict=True) if not rank]
         if any(not array.ndim or array.shape[0] % count for array in sized):
             return False
         return all(
@@ -145,10 +135,10 @@ class Runner:
         )
 
 
-def _share(shape: Array, count: int) -> Array:
-    """The shape of one of so many samples that ran together."""
-    own = shape.copy()
-    own[0] //= count
+def _share(shapes: Array, rank: int, count: int) -> Array:
+    """The shapes, one behind the other, of one of so many samples that ran together."""
+    own = shapes.copy()
+    own[::rank] //= count
     return own
 
 
@@ -184,19 +174,19 @@ class Exact:
             values = self._runner.run(feed)
             if first:
                 self.infinite |= {
-                    tap.need.tensor
-                    for tap, array in zip(self._runner.taps, values, strict=True)
+                    item.need.tensor
+                    for item, array in zip(self._runner.taps.wholes, values, strict=True)
                     if np.isinf(array).any() and not np.isnan(array).any()
                 }
             stats: list[TensorStats] = []
-            for tap, array in zip(self._runner.taps, values, strict=True):
-                one = tap.read([[array]], self._runner.counted)
+            for item, array in zip(self._runner.taps.wholes, values, strict=True):
+                one = fold([array], item.need, item.axis, self._runner.counted)
                 if one is None:
-                    bad = self._bad(number, tap.need.tensor, array)
+                    bad = self._bad(number, item.need.tensor, array)
                     if bad is not None:
                         found.bad.append(bad)
                         break
-                    one = fold_finite(array, tap.need, self._runner.counted)
+                    one = fold_finite(array, item.need, self._runner.counted)
                 stats.append(one)
             else:
                 found.stats.append(stats)

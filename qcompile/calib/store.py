@@ -58,7 +58,7 @@ def save(found: Statistics, path: Path) -> None:
     with io.atomic(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         _write(archive, _TEXT, json.dumps(text, indent=1, allow_nan=False).encode(), packed=True)
         for kind, parts in cut.arrays.items():
-            whole = np.concatenate([np.zeros(0), *parts]).astype(_KINDS[kind])
+            whole = np.concatenate([np.zeros(0, _KINDS[kind]), *parts], dtype=_KINDS[kind])
             _write(archive, f"{kind}.npy", _npy(whole), packed=True)
         for listed in feeds.values():
             for feed in listed:

@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.calib.fold import COUNTED, Reduced, fold, fold_reduced
+from qcompile.calib.fold import COUNTED, fold
+from qcompile.calib.maps import ROLES, Map, Maps, places
 from qcompile.calib.stats import TensorStats
 from qcompile.graph.edit import Names, add_initializer, drop_unread, is_op
 from qcompile.plan.candidates import clip_bounds
@@ -71,49 +72,82 @@ def channel_axis(value: ir.Value) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tap:
-    """One tensor, and the outputs that tell of it.
+class Whole:
+    """A tensor that comes out as it is.
 
     Attributes:
-        need: what is wanted of it.
+        need: what is wanted of it; its name is that of the output.
         axis: of its channels.
-        outputs: names, in the order of `roles`.
-        roles: `whole`, or those of `Reduced`'s fields that the graph computes.
-        floor: its least possible value, if it is reduced.
-        bytes: what the outputs take for the sample that its size was taken from.
+        bytes: what it takes for the sample that its size was taken from.
     """
 
     need: Need
     axis: int
-    outputs: tuple[str, ...]
-    roles: tuple[str, ...]
-    floor: float
     bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Taps:
+    """How the outputs of a tapped model tell of the tensors that are needed, in the order of the needs.
+
+    Attributes:
+        needs: all of them.
+        wholes: tensors that come out as they are.
+        maps: feature maps that the graph reduces, by rank.
+    """
+
+    needs: tuple[Need, ...]
+    wholes: tuple[Whole, ...]
+    maps: tuple[Maps, ...]
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """What the outputs of each tensor take, by its name."""
+        sizes = {item.need.tensor: item.bytes for item in self.wholes}
+        sizes |= {item.need.tensor: item.bytes for group in self.maps for item in group.maps}
+        return {need.tensor: sizes[need.tensor] for need in self.needs}
+
+    @property
+    def outputs(self) -> list[str]:
+        """The names of all outputs: whole tensors first, then those of `maps`."""
+        names = [item.need.tensor for item in self.wholes]
+        return names + [name for group in self.maps for name in group.outputs.values()]
+
+    @property
+    def shapes(self) -> list[int]:
+        """For each output the rank of the shapes that it lists; 0 if it holds values."""
+        ranks = [0] * len(self.wholes)
+        return ranks + [
+            group.rank * (role == "shapes") for group in self.maps for role in group.outputs
+        ]
 
     def read(
         self, samples: Sequence[Sequence[npt.NDArray[Any]]], counted: int
-    ) -> TensorStats | None:
-        """Statistics from the outputs of each sample; None if they do not tell all: of NaN or an infinity."""
-        if self.roles == ("whole",):
-            return fold([arrays[0] for arrays in samples], self.need, self.axis, counted)
-        parts = []
-        for arrays in samples:
-            found = dict(zip(self.roles, arrays, strict=True))
-            bottoms = _flat(found["bottoms"]) if "bottoms" in found else None
-            peaks, means = _flat(found["peaks"]), _flat(found["means"])
-            shape = tuple(map(int, found["shape"]))
-            parts.append(Reduced(shape, peaks, means, bottoms, found.get("grid"), self.floor))
-        return fold_reduced(parts, self.need)
-
-
-def _flat(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    return array.reshape(array.shape[:2])
+    ) -> list[TensorStats] | None:
+        """Statistics of each tensor from the outputs of each sample; None if they do not tell all."""
+        found: dict[str, TensorStats] = {}
+        for i, item in enumerate(self.wholes):
+            stats = fold([arrays[i] for arrays in samples], item.need, item.axis, counted)
+            if stats is None:
+                return None
+            found[item.need.tensor] = stats
+        place = len(self.wholes)
+        for group in self.maps:
+            end = place + len(group.outputs)
+            read = group.read(
+                [dict(zip(group.outputs, arrays[place:end], strict=True)) for arrays in samples]
+            )
+            if read is None:
+                return None
+            found |= {m.need.tensor: stats for m, stats in zip(group.maps, read, strict=True)}
+            place = end
+        return [found[need.tensor] for need in self.needs]
 
 
 def tapped(
     model: ir.Model, needs: Iterable[Need], facts: Mapping[str, Fact], *, counted: int = COUNTED,
     whole: bool = False,
-) -> tuple[ir.Model, list[Tap]]:  # fmt: skip
+) -> tuple[ir.Model, Taps]:  # fmt: skip
     """A copy of the model whose outputs tell what is needed, and how to read them.
 
     Args:
@@ -123,7 +157,7 @@ def tapped(
         counted: values of a tensor and sample in its histogram.
         whole: nothing is reduced in the graph.
     """
-    needs = list(needs)
+    needs = tuple(needs)
     clone = with_outputs(model, [need.tensor for need in needs])
     values = list(clone.graph.outputs)
     # in the whole graph, as the copy lacks readers
@@ -131,64 +165,79 @@ def tapped(
     origins |= {v.name: v for node in model.graph for v in node.outputs}
     reducer = _Reducer(clone, counted)
     clone.graph.outputs.clear()
-    taps = []
+    wholes = []
     for need, value in zip(needs, values, strict=True):
         fact = facts.get(need.tensor)
         axis = channel_axis(origins.get(need.tensor, value))
         small = whole or need.gram or reducer.opset < _OPSET
         if not small and fact is not None and axis == 1 and _is_large_map(fact, value):
-            taps.append(reducer.tap(need, value, fact))
-        else:
-            size = 0 if fact is None or fact.dtype is None else fact.elements * fact.dtype.itemsize
-            gram = 8 * fact.shape[axis] ** 2 if need.gram and fact and fact.shape else 0
-            taps.append(Tap(need, axis, (need.tensor,), ("whole",), -math.inf, size + gram))
-            clone.graph.outputs.append(value)
-    return clone, taps
+            reducer.tap(need, value, fact)
+            continue
+        size = 0 if fact is None or fact.dtype is None else fact.elements * fact.dtype.itemsize
+        gram = 8 * fact.shape[axis] ** 2 if need.gram and fact and fact.shape else 0
+        wholes.append(Whole(need, axis, size + gram))
+        clone.graph.outputs.append(value)
+    return clone, Taps(needs, tuple(wholes), reducer.finish())
 
 
 def _is_large_map(fact: Fact, value: ir.Value) -> bool:
     return (
-        value.producer() is not None
+        value.const_value is None
         and fact.dtype == np.float32
         and fact.shape is not None
-        and 3 <= len(fact.shape) <= 5
+        and 3 <= len(fact.shape) <= 5  # what pooling takes
         and fact.elements > _LARGE
         and math.prod(fact.shape[2:]) > 1
     )
 
 
 class _Reducer:
-    """Puts reductions behind the feature maps of a graph."""
+    """Puts reductions behind the feature maps of a graph, and joins what they find."""
 
     def __init__(self, model: ir.Model, counted: int) -> None:
         self.graph, self.names, self.counted = model.graph, Names(model), counted
         self.opset = model.opset_imports.get("", 1)
+        self._maps: dict[
+            tuple[int, int], list[Map]
+        ] = {}  # by rank and N, which must agree to be joined
+        self._parts: dict[tuple[int, int], dict[str, list[ir.Value]]] = {}
 
-    def tap(self, need: Need, value: ir.Value, fact: Fact) -> Tap:
-        """A tap of reductions behind `value`."""
+    def tap(self, need: Need, value: ir.Value, fact: Fact) -> None:
+        """Reductions behind `value`."""
         assert fact.shape is not None
         floor, _ = known_bounds(value)
-        outputs = {
-            "shape": self._add("Shape", [value], ir.DataType.INT64),
-            "peaks": self._add("GlobalMaxPool", [value]),
-            "means": self._add("GlobalAveragePool", [value]),
-        }
-        spatial = list(range(2, len(fact.shape)))
-        if not math.isfinite(floor):
-            outputs["bottoms"] = self._least(value, spatial)
-        size = 0
-        if need.histogram or need.channels:
-            steps = grid_steps(fact.shape, self.counted)
-            size = 4 * math.prod(fact.shape[:2]) * math.prod(map(_places, fact.shape[2:], steps))
-            ends = [np.iinfo(np.int64).max] * len(spatial)
-            numbers = [[step // 2 for step in steps], ends, spatial, steps]
-            outputs["grid"] = self._add("Slice", [value, *map(self._numbers, numbers)])
-        self.graph.outputs.extend(outputs.values())
-        names = tuple(output.name or "" for output in outputs.values())
-        return Tap(need, 1, names, tuple(outputs), floor, size)
+        rank = len(fact.shape)
+        steps = grid_steps(fact.shape, self.counted)
+        size = math.prod(fact.shape[:2]) * math.prod(map(places, fact.shape[2:], steps))
+        item = Map(need, fact.shape[1], tuple(steps), floor, 4 * size)
+        self._maps.setdefault((rank, fact.shape[0]), []).append(item)
+        parts = self._parts.setdefault((rank, fact.shape[0]), {role: [] for role in ROLES})
+        parts["shapes"].append(self._add("Shape", [value], ir.DataType.INT64))
+        parts["peaks"].append(self._add("GlobalMaxPool", [value]))
+        parts["means"].append(self._add("GlobalAveragePool", [value]))
+        if item.has_bottoms:
+            parts["bottoms"].append(self._least(value, list(range(2, rank))))
+        ends = [np.iinfo(np.int64).max] * (rank - 2)
+        numbers = [[step // 2 for step in steps], ends, list(range(2, rank)), steps]
+        grid = self._add("Slice", [value, *map(self._numbers, numbers)])
+        parts["grids"].append(self._add("Flatten", [grid]))
+
+    def finish(self) -> tuple[Maps, ...]:
+        """What was found of the maps of one rank is one output a role."""
+        groups = []
+        for key, parts in self._parts.items():
+            outputs = {}
+            for role, values in parts.items():
+                if values:
+                    kind = ir.DataType.INT64 if role == "shapes" else ir.DataType.FLOAT
+                    joined = self._add("Concat", values, kind, axis=0 if role == "shapes" else 1)
+                    self.graph.outputs.append(joined)
+                    outputs[role] = joined.name or ""
+            groups.append(Maps(key[0], tuple(self._maps[key]), outputs))
+        return tuple(groups)
 
     def _least(self, value: ir.Value, axes: list[int]) -> ir.Value:
-        if self.opset >= 18:
+        if self.opset >= 18:  # axes became an input
             return self._add("ReduceMin", [value, self._numbers(axes)])
         return self._add("ReduceMin", [value], axes=axes)
 
@@ -196,13 +245,17 @@ class _Reducer:
         return add_initializer(self.graph, self.names, "qc_tap", np.asarray(numbers, np.int64))
 
     def _add(
-        self, op: str, inputs: list[ir.Value], kind: ir.DataType = ir.DataType.FLOAT, **attributes: list[int],
+        self, op: str, inputs: list[ir.Value], kind: ir.DataType = ir.DataType.FLOAT, **attributes: Any
     ) -> ir.Value:  # fmt: skip
-        """The output of a new node right behind the tensor: ORT then need not keep the tensor for long."""
+        """The output of a new node right behind the tensor, which ORT then need not keep for long."""
         node = ir.node(op, inputs, attributes=attributes, name=self.names.fresh("qc_tap"))
         producer = inputs[0].producer()
-        assert producer is not None
-        self.graph.insert_after(producer, node)
+        if op == "Concat" or not len(self.graph):
+            self.graph.append(node)
+        elif producer is not None:
+            self.graph.insert_after(producer, node)
+        else:
+            self.graph.insert_before(self.graph[0], node)
         node.outputs[0].name, node.outputs[0].type = self.names.fresh("qc_tap"), ir.TensorType(kind)
         return node.outputs[0]
 
@@ -214,20 +267,16 @@ def grid_steps(shape: Sequence[int], counted: int) -> list[int]:
     and leave three places of a side at least.
     """
     sides, steps, step = shape[2:], [1] * len(shape[2:]), 1
-    while math.prod(shape[:2]) * math.prod(map(_places, sides, steps)) > counted:
+    while math.prod(shape[:2]) * math.prod(map(places, sides, steps)) > counted:
         step += 2
         wider = [
-            step if _places(side, step) >= _PLACES else old
+            step if places(side, step) >= _PLACES else old
             for side, old in zip(sides, steps, strict=True)
         ]
         if step > max(sides):
             break
         steps = wider
     return steps
-
-
-def _places(side: int, step: int) -> int:
-    return max(0, -(-(side - step // 2) // step))
 
 
 def with_outputs(model: ir.Model, names: Iterable[str]) -> ir.Model:

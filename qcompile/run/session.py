@@ -51,6 +51,8 @@ class Options:
         optimized: file that receives the optimized graph, or None.
         pattern: whether ORT plans memory ahead for each set of shapes that it meets: fast where there are few,
             large where there are many.
+        in_order: nodes run as soon as they can, first ones first. By default ORT goes back from each output in
+            turn, so what only a late output needs of an early tensor keeps that in memory.
         config: further session configuration entries.
     """
 
@@ -59,6 +61,7 @@ class Options:
     profile: str | None = None
     optimized: Path | None = None
     pattern: bool = True
+    in_order: bool = False
     config: tuple[tuple[str, str], ...] = ()
 
 
@@ -82,6 +85,8 @@ class Session:
         settings.graph_optimization_level = _LEVELS[self.options.level]
         settings.intra_op_num_threads = self.options.threads
         settings.enable_mem_pattern = self.options.pattern
+        if self.options.in_order:
+            settings.execution_order = ort.ExecutionOrder.PRIORITY_BASED
         # An idle session that spins would slow down the one it is compared with.
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         for key, text in self.options.config:

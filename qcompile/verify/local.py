@@ -48,7 +48,9 @@ class LocalErrors:
                 doubler.double(value, len(self.roots), readers)
                 self.roots.append(root.name or "")
         doubler.finish()
-        self._session = Session(model, Options("all", threads=threads)) if self.roots else None
+        self._session = (
+            Session(model, Options("all", threads=threads, in_order=True)) if self.roots else None
+        )
 
     def measure(
         self, tables: Mapping[str, Mapping[str, QParams]], samples: Iterable[Feed]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -11,9 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from statistic import reduced
 
-from qcompile.calib.fold import COUNTED, fold, fold_finite, fold_reduced, stride
+from qcompile.calib.fold import COUNTED, fold, fold_finite, stride
 from qcompile.calib.histogram import UNIT, Histogram
 from qcompile.calib.stats import TensorStats
 from qcompile.step import Need
@@ -279,73 +277,3 @@ def test_quantiles_of_parts(name: str) -> None:
         low, high = np.quantile(every, [max(share - slack, 0.0), min(share + slack, 1.0)])
         got = bins.quantile(share)
         assert low - abs(low) / 128 <= got <= high + abs(high) / 128
-
-
-# ---- feature maps that the graph reduced
-
-
-@pytest.mark.parametrize("shape", [(4, 3, 64), (4, 3, 8, 9), (4, 3, 4, 5, 6), (1, 3, 8, 9)])
-@pytest.mark.parametrize("floor", [None, 0.0])
-def test_reduced_in_the_graph(shape: tuple[int, ...], floor: float | None) -> None:
-    x = normal(shape)
-    if floor is not None:
-        x = np.maximum(x, F32(floor))
-        x[:, :, 0] = 0  # every sample and channel has it
-    for samples in {1, shape[0]}:
-        made = fold_reduced([reduced(part, floor=floor) for part in np.split(x, samples)], ALL)
-        wanted = folded(x, samples=samples)
-        assert made is not None
-        assert (made.count, made.low, made.high) == (wanted.count, wanted.low, wanted.high)
-        np.testing.assert_array_equal(made.extremes.lows, wanted.extremes.lows)
-        np.testing.assert_array_equal(made.extremes.highs, wanted.extremes.highs)
-        same_histograms(made.histogram, x)
-        found, truth = made.channels, wanted.channels
-        assert found is not None and truth is not None
-        assert (found.axis, found.count, found.square_count) == (1, truth.count, truth.count)
-        np.testing.assert_allclose(found.sums, truth.sums, rtol=1e-5)
-        np.testing.assert_allclose(found.squares, truth.squares, rtol=1e-5)
-        np.testing.assert_array_equal(found.lows, truth.lows)
-        np.testing.assert_array_equal(found.highs, truth.highs)
-        assert made.gram is None
-
-
-def test_a_grid_stands_for_all_places() -> None:
-    x = normal((6, 8, 33, 31))
-    made = fold_reduced([reduced(part, 3) for part in np.split(x, 6)], ALL)
-    assert made is not None and made.histogram is not None and made.channels is not None
-    assert made.histogram.total == pytest.approx(UNIT * x.size, rel=0.005)
-    grid = x[:, :, ::3, ::3]
-    assert made.channels.square_count == grid.size // 8
-    np.testing.assert_allclose(
-        made.channels.squares, np.square(grid).sum(axis=(0, 2, 3)), rtol=1e-5
-    )
-    np.testing.assert_allclose(made.channels.mean(), x.mean(axis=(0, 2, 3)), rtol=1e-4)
-    median = made.histogram.bins().quantile(0.5)
-    assert median == pytest.approx(np.median(x), abs=0.1)
-
-
-def test_reduced_without_a_grid() -> None:
-    bare = dataclasses.replace(reduced(normal((2, 3, 4, 4))), grid=None)
-    made = fold_reduced([bare, bare], ALL)
-    assert made is not None and made.channels is not None
-    assert made.histogram is None
-    assert made.channels.square_count == 0
-    assert made.channels.squares.tolist() == [0, 0, 0]
-    least = fold_reduced([bare], BARE)
-    assert least is not None
-    assert least.channels is least.histogram is None
-
-
-@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
-def test_reduced_of_nan_and_infinities(wrong: float) -> None:
-    x = normal((2, 3, 4, 4))
-    x[1, 1, 2, 2] = wrong
-    assert fold_reduced([reduced(part) for part in np.split(x, 2)], ALL) is None
-    assert fold_reduced([reduced(x)], BARE) is None
-
-
-def test_reduced_too_small_for_its_grid() -> None:
-    parts = reduced(normal((2, 3, 4, 4)))
-    bad = dataclasses.replace(parts, grid=np.zeros((2, 3, 0, 4), F32))
-    assert fold_reduced([bad], ALL) is None
-    assert fold_reduced([parts, bad], ALL) is None

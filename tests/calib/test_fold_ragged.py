@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from statistic import F32, reduced
+from statistic import F32
 
-from qcompile.calib.fold import fold, fold_reduced
+from qcompile.calib.fold import fold
 from qcompile.calib.stats import TensorStats
 from qcompile.step import Need
 
@@ -47,23 +47,3 @@ def test_ragged_samples_are_folded_as_one_by_one(
         np.testing.assert_allclose(together.channels.squares, apart.channels.squares, rtol=1e-12)
         np.testing.assert_array_equal(together.channels.highs, apart.channels.highs)
         np.testing.assert_allclose(together.gram, apart.gram, rtol=1e-12, atol=1e-9)
-
-
-@given(
-    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 9)), min_size=1, max_size=5),
-    st.integers(0, 99),
-)
-def test_ragged_maps_are_folded_as_one_by_one(sizes: list[tuple[int, int]], seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    parts = [reduced(rng.normal(size=(1, 4, a, b)).astype(F32)) for a, b in sizes]
-    together, apart = fold_reduced(parts, ALL), TensorStats()
-    for part in parts:
-        one = fold_reduced([part], ALL)
-        assert one is not None
-        apart.add(one)
-    assert together is not None
-    assert (together.count, together.low, together.high) == (apart.count, apart.low, apart.high)
-    assert together.channels is not None and apart.channels is not None
-    np.testing.assert_allclose(together.channels.sums, apart.channels.sums, rtol=1e-12, atol=1e-9)
-    np.testing.assert_allclose(together.channels.squares, apart.channels.squares, rtol=1e-12)
-    np.testing.assert_array_equal(together.channels.lows, apart.channels.lows)

@@ -241,9 +241,9 @@ def peak(count: int) -> int:
 
 
 def test_memory_does_not_grow_with_the_samples() -> None:
-    few, many = peak(20), peak(80)
+    few, many = peak(30), peak(120)
     assert few > 65536 * 4  # NumPy's arrays are counted at all
-    assert many < few + 2 * 65536 * 4
+    assert many < 1.5 * few  # how many batches wait at once is a matter of timing
 
 
 def test_a_fold_is_what_a_run_leaves() -> None:

@@ -13,8 +13,8 @@ from rewrites import parse, run
 from statistic import F32, Feed, assert_same, watch
 
 from qcompile.calib.histogram import UNIT
+from qcompile.calib.maps import places as places_of
 from qcompile.calib.taps import (
-    _places,
     channel_axis,
     grid_steps,
     known_bounds,
@@ -111,14 +111,14 @@ def test_grids(front: tuple[int, int], sides: list[int], counted: int) -> None:
     steps = grid_steps((*front, *sides), counted)
     assert all(step % 2 == 1 for step in steps)
     places = [len(range(step // 2, side, step)) for side, step in zip(sides, steps, strict=True)]
-    assert places == [_places(side, step) for side, step in zip(sides, steps, strict=True)]
+    assert places == [places_of(side, step) for side, step in zip(sides, steps, strict=True)]
     assert all(count >= min(3, side) for count, side in zip(places, sides, strict=True))
     total = math.prod(front) * math.prod(places)
-    coarsest = all(_places(side, step + 2) < 3 for side, step in zip(sides, steps, strict=True))
+    coarsest = all(places_of(side, step + 2) < 3 for side, step in zip(sides, steps, strict=True))
     assert (
         total <= counted
         or coarsest
-        or any(_places(s, t + 2) < 3 for s, t in zip(sides, steps, strict=True))
+        or any(places_of(s, t + 2) < 3 for s, t in zip(sides, steps, strict=True))
     )
 
 
@@ -160,25 +160,28 @@ def test_bounds() -> None:
 def test_what_a_large_map_needs_is_computed_behind_it() -> None:
     facts = probe(CONVS, large(1)[0])
     made, taps = tapped(CONVS, [Need("a", histogram=True), Need("b", histogram=True)], facts)
-    assert [tap.roles for tap in taps] == [
-        ("shape", "peaks", "means", "bottoms", "grid"),
-        ("shape", "peaks", "means", "grid"),  # a Relu's least value is known
-    ]
+    (group,) = taps.maps
+    assert not taps.wholes
+    assert list(group.outputs) == ["shapes", "peaks", "means", "bottoms", "grids"]
+    assert [item.has_bottoms for item in group.maps] == [
+        True,
+        False,
+    ]  # a Relu's least value is known
     after = [node.op_type for node in made.graph]
     assert after.index("GlobalMaxPool") < after.index("Relu")
-    assert sum(tap.bytes for tap in taps) < 4 * 2 * facts["a"].elements / 3
+    assert sum(taps.bytes.values()) < 4 * 2 * facts["a"].elements / 3
     assert "y" not in {value.name for value in made.graph.outputs}
 
 
 def test_small_tensors_gram_and_old_opsets_come_out_whole() -> None:
     facts = probe(CONVS, large(1, side=8)[0])
-    assert tapped(CONVS, [Need("a")], facts)[1][0].roles == ("whole",)
+    assert not tapped(CONVS, [Need("a")], facts)[1].maps
     facts = probe(CONVS, large(1)[0])
-    assert tapped(CONVS, [Need("a", gram=True)], facts)[1][0].roles == ("whole",)
-    assert tapped(CONVS, [Need("a")], facts, whole=True)[1][0].roles == ("whole",)
+    assert not tapped(CONVS, [Need("a", gram=True)], facts)[1].maps
+    assert not tapped(CONVS, [Need("a")], facts, whole=True)[1].maps
     old = CONVS.clone()
     old.opset_imports[""] = 9
-    assert tapped(old, [Need("a")], facts)[1][0].roles == ("whole",)
+    assert not tapped(old, [Need("a")], facts)[1].maps
 
 
 def test_any_value_can_be_an_output() -> None:

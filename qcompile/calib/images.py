@@ -84,11 +84,15 @@ class Preprocess:
         pixels = pixels.reshape((*pixels.shape[:2], -1))  # (height, width, channels)
         if self.color == "bgr":
             pixels = pixels[..., ::-1]
+        if self.layout == "nchw":
+            pixels = np.ascontiguousarray(pixels.transpose(2, 0, 1))
         if self.values is not None:
             mean, std = (np.asarray(v, np.float32) for v in (self.values.mean, self.values.std))
-            pixels = (pixels * np.float32(self.values.scale) - mean) / std
-        if self.layout == "nchw":
-            pixels = pixels.transpose(2, 0, 1)
+            if self.layout == "nchw":
+                mean, std = mean.reshape(-1, 1, 1), std.reshape(-1, 1, 1)
+            pixels = pixels * np.float32(self.values.scale)
+            pixels -= mean
+            pixels /= std
         return np.ascontiguousarray(pixels[None] if self.batched else pixels)
 
     def _resized(self, image: Image.Image) -> Image.Image:

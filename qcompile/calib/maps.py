@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.calib.fold import count_chosen, ranged
+from qcompile.calib.fold import count_chosen, ranged, stride
 from qcompile.calib.histogram import Histogram
 from qcompile.calib.stats import Channels, TensorStats
 from qcompile.step import Need
@@ -31,17 +31,22 @@ class Map:
 
     Attributes:
         need: what is wanted of it.
-        channels: how many it has.
+        shape: of the sample that its size was taken from.
         steps: of its grid, one a side.
         floor: its least value possible; if that is finite, it is taken for its least value.
         bytes: what its outputs take for the sample that its size was taken from.
     """
 
     need: Need
-    channels: int
+    shape: tuple[int, ...]
     steps: tuple[int, ...]
     floor: float
     bytes: int
+
+    @property
+    def channels(self) -> int:
+        """How many channels it has."""
+        return self.shape[1]
 
     @property
     def has_bottoms(self) -> bool:
@@ -50,24 +55,30 @@ class Map:
 
 
 def places(side: int, step: int) -> int:
-    """How many places of a side are in a grid: the first is half a step in."""
-    return max(0, -(-(side - step // 2) // step))
+    """How many places of a side are in a grid: the first, and from there by steps."""
+    return -(-side // step)
 
 
 @dataclasses.dataclass(frozen=True)
 class Maps:
-    """The feature maps of one rank, and the names of the outputs that tell of them, by role of `ROLES`."""
+    """The feature maps of one rank, and the names of the outputs that tell of them, by role of `ROLES`.
+
+    If there is no output for the shapes, they are those of the maps.
+    """
 
     rank: int
     maps: tuple[Map, ...]
     outputs: Mapping[str, str]
 
-    def read(self, samples: Sequence[Mapping[str, Array]]) -> list[TensorStats] | None:
+    def read(
+        self, samples: Sequence[Mapping[str, Array]], counted: int
+    ) -> list[TensorStats] | None:
         """Statistics of each map over the samples, whose outputs are given by role.
 
-        None if they do not tell all: of NaN or an infinity, of no places in a map too small for its grid.
+        None if they do not tell all: of NaN or an infinity, or where a map is empty.
         """
-        shapes = np.stack([found["shapes"] for found in samples]).reshape(
+        known = np.array([m.shape for m in self.maps])
+        shapes = np.stack([found.get("shapes", known).reshape(-1) for found in samples]).reshape(
             len(samples), -1, self.rank
         )
         if not shapes.all():
@@ -99,8 +110,6 @@ class Maps:
         weights = np.repeat(planes, [m.channels for m in self.maps], axis=1).astype(np.float64)
         sums = (means * np.repeat(weights, rows, axis=0)).sum(axis=0)
         grids = self._grids(samples, shapes)
-        if grids is None:
-            return None
         most = peaks.max(axis=0)
         made = []
         for i, (item, start) in enumerate(zip(self.maps, starts.tolist(), strict=True)):
@@ -114,12 +123,13 @@ class Maps:
                 )  # fmt: skip
             if item.need.histogram:
                 stats.histogram = Histogram()
-                count_chosen(stats.histogram, grids.values(i), sizes, lows[:, i], highs[:, i])
+                chosen = [part[:: stride(part.size, counted)] for part in grids.values(i)]
+                count_chosen(stats.histogram, chosen, sizes, lows[:, i], highs[:, i])
             made.append(stats)
         return made
 
-    def _grids(self, samples: Sequence[Mapping[str, Array]], shapes: Array) -> _Grids | None:
-        """What the grids hold; None if one has no places."""
+    def _grids(self, samples: Sequence[Mapping[str, Array]], shapes: Array) -> _Grids:
+        """What the grids hold."""
         counts = np.stack(
             [
                 np.array([[places(int(side), step) for side, step in zip(sides, m.steps, strict=True)]
@@ -127,8 +137,6 @@ class Maps:
                 for shape in shapes
             ]
         )  # fmt: skip
-        if not counts.all():
-            return None
         channels = np.array([m.channels for m in self.maps])
         squares = np.zeros(channels.sum())
         ends = []

@@ -120,7 +120,7 @@ def _groups(
 ) -> tuple[list[list[Need]], int]:
     """Needs whose outputs fit the memory together, and how many runs go side by side."""
     workers = settings.workers or os.cpu_count() or 1
-    _, taps = tapped(model, needs.values(), facts, counted=settings.counted)
+    _, taps = tapped(model, needs.values(), facts)
     total = sum(taps.bytes.values())
     while workers > 1 and total * workers > settings.memory:
         workers -= 1

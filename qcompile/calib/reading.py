@@ -14,7 +14,7 @@ import onnx_ir as ir
 from qcompile.calib.batches import Batch, may_run_together
 from qcompile.calib.fold import fold, fold_finite
 from qcompile.calib.stats import TensorStats
-from qcompile.calib.taps import tapped
+from qcompile.calib.taps import Taps, tapped
 from qcompile.errors import ModelError
 from qcompile.graph.edit import graphs
 from qcompile.run.probe import Fact
@@ -51,31 +51,13 @@ class Found:
     bad: list[Bad]
 
 
-class Runner:
-    """The tapped model, loaded. Each thread reads its outputs where ORT wrote them."""
+class _Loaded:
+    """A tapped model, loaded. Each thread reads its outputs where ORT wrote them."""
 
-    def __init__(
-        self, model: ir.Model, needs: Sequence[Need], facts: Mapping[str, Fact], *, counted: int,
-        workers: int, whole: bool = False,
-    ) -> None:  # fmt: skip
-        """With `whole` nothing is reduced in the graph."""
-        self.model, self.needs, self.facts = model, needs, facts
-        self.counted, self.workers = counted, workers
-        made, self.taps = tapped(model, needs, facts, counted=counted, whole=whole)
-        # Alone, a run takes all cores.
-        threads = 1 if workers > 1 else 0
-        options = Options("all", threads, pattern=_has_fixed_shapes(model), in_order=True)
-        self._session = Session(made, options)
-        self._shapes = self.taps.shapes
+    def __init__(self, model: ir.Model, taps: Taps, threads: int, *, pattern: bool) -> None:
+        self.taps = taps
+        self._session = Session(model, Options("all", threads, pattern=pattern, in_order=True))
         self._own = threading.local()
-        self._lock = threading.Lock()
-        self._trials = 0
-        self.together = may_run_together(model, self.bytes) and not whole
-
-    @property
-    def bytes(self) -> int:
-        """What the outputs of a sample take."""
-        return sum(self.taps.bytes.values())
 
     def run(self, feed: Feed) -> list[Array]:
         """The outputs, as views that hold until this thread's next run."""
@@ -84,55 +66,104 @@ class Runner:
             bound = self._own.bound = self._session.bound(self.taps.outputs)
         return bound.run(feed)
 
-    def read(self, batch: Batch) -> list[TensorStats] | None:
-        """Statistics of each tensor over the batch; None if the outputs do not tell all.
-
-        Raises:
-            ModelError: ORT fails.
-        """
-        return self.taps.read(self._outputs_of(batch), self.counted)
-
-    def _outputs_of(self, batch: Batch) -> list[list[Array]]:
-        """The outputs of each sample."""
-        count = len(batch.numbers)
-        if count == 1:
-            return [self.run(batch.feeds[0])]
-        if self.together and batch.alike and self._proved(batch):
-            return self._split(self.run(batch.joined()), count)
-        return [[array.copy() for array in self.run(feed)] for feed in batch.feeds]
-
-    def _split(self, arrays: list[Array], count: int) -> list[list[Array]]:
+    def split(self, arrays: list[Array], count: int) -> list[list[Array]]:
         """What samples that ran together gave, one by one."""
         parts: list[list[Array]] = [[] for _ in range(count)]
-        for rank, array in zip(self._shapes, arrays, strict=True):
+        for rank, array in zip(self.taps.shapes, arrays, strict=True):
             pieces = [_share(array, rank, count)] * count if rank else np.split(array, count)
             for part, piece in zip(parts, pieces, strict=True):
                 part.append(piece)
         return parts
 
-    def _proved(self, batch: Batch) -> bool:
-        """Whether samples together give the same bits as one by one: tried on the first batches."""
-        with self._lock:
-            if self._trials < _TRIALS and self.together:
-                self.together = self._same(batch)
-                self._trials += 1
-            return self.together
-
-    def _same(self, batch: Batch) -> bool:
+    def same(self, batch: Batch) -> bool:
+        """Whether samples together give the same bits as one by one."""
         apart = [[array.copy() for array in self.run(feed)] for feed in batch.feeds]
         try:
             joined = self.run(batch.joined())
         except ModelError:
             return False
         count = len(batch.feeds)
-        sized = [array for array, rank in zip(joined, self._shapes, strict=True) if not rank]
+        sized = [array for array, rank in zip(joined, self.taps.shapes, strict=True) if not rank]
         if any(not array.ndim or array.shape[0] % count for array in sized):
             return False
         return all(
             a.shape == b.shape and a.tobytes() == b.tobytes()
-            for ours, theirs in zip(self._split(joined, count), apart, strict=True)
+            for ours, theirs in zip(self.split(joined, count), apart, strict=True)
             for a, b in zip(ours, theirs, strict=True)
         )
+
+
+class Runner:
+    """The tapped model, once for samples of the shapes that the facts are of, once for all others.
+
+    The second one also has to tell the shapes of feature maps, which takes them out of the layout of
+    convolutions.
+    """
+
+    def __init__(
+        self, model: ir.Model, needs: Sequence[Need], facts: Mapping[str, Fact], *, counted: int,
+        workers: int, whole: bool = False,
+    ) -> None:  # fmt: skip
+        """With `whole` nothing is reduced in the graph."""
+        self.model, self.needs, self.facts = model, needs, facts
+        self.counted, self.workers, self._whole = counted, workers, whole
+        self._lock = threading.Lock()
+        self._trials = 0
+        self._loaded: dict[bool, _Loaded] = {}
+        inputs = [value.name or "" for value in model.graph.inputs]
+        self._usual = {name: facts[name].shape for name in inputs if name in facts}
+        self.taps = self._load(told=False).taps
+        self.together = may_run_together(model, self.bytes) and not whole
+
+    @property
+    def bytes(self) -> int:
+        """What the outputs of a sample take."""
+        return sum(self.taps.bytes.values())
+
+    def run(self, feed: Feed) -> list[Array]:
+        """The outputs where nothing is reduced, as views that hold until this thread's next run."""
+        return self._load(told=False).run(feed)
+
+    def read(self, batch: Batch) -> list[TensorStats] | None:
+        """Statistics of each tensor over the batch; None if the outputs do not tell all.
+
+        Raises:
+            ModelError: ORT fails.
+        """
+        alike = batch.alike
+        usual = alike and all(
+            np.shape(value) == self._usual.get(name) for name, value in batch.feeds[0].items()
+        )
+        loaded = self._load(told=bool(self.taps.maps) and not usual)
+        count = len(batch.numbers)
+        if count == 1:
+            samples = [loaded.run(batch.feeds[0])]
+        elif self.together and alike and self._proved(loaded, batch):
+            samples = loaded.split(loaded.run(batch.joined()), count)
+        else:
+            samples = [[array.copy() for array in loaded.run(feed)] for feed in batch.feeds]
+        return loaded.taps.read(samples, self.counted)
+
+    def _load(self, *, told: bool) -> _Loaded:
+        with self._lock:
+            if told not in self._loaded:
+                made, taps = tapped(
+                    self.model, self.needs, self.facts, whole=self._whole, shapes=told
+                )
+                # Alone, a run takes all cores.
+                threads = 1 if self.workers > 1 else 0
+                self._loaded[told] = _Loaded(
+                    made, taps, threads, pattern=_has_fixed_shapes(self.model)
+                )
+            return self._loaded[told]
+
+    def _proved(self, loaded: _Loaded, batch: Batch) -> bool:
+        """Whether samples may run together: it is tried on the first batches."""
+        with self._lock:
+            if self._trials < _TRIALS and self.together:
+                self.together = loaded.same(batch)
+                self._trials += 1
+            return self.together
 
 
 def _share(shapes: Array, rank: int, count: int) -> Array:

@@ -5,7 +5,7 @@ layout that convolutions use: the mean, the greatest and the least value of each
 places for the histogram. Only these come out, a few percent of the values:
 
     x -> GlobalMaxPool, GlobalAveragePool, ReduceMin (none behind a Relu, whose least value is known),
-         Slice(start s // 2, step s), Shape
+         MaxPool(kernel 1, strides s)
 
 Every other tensor becomes an output as it is.
 """
@@ -30,7 +30,7 @@ from qcompile.run.probe import Fact
 from qcompile.step import Need
 
 _LARGE = 2 * COUNTED  # values above which a feature map is reduced in the graph
-_PLACES = 3  # of a grid, at least, along each axis that has as many
+_STEPS = ((65, 5), (9, 3), (0, 1))  # of a grid, along sides of so many places or more
 _CHANNELS_FIRST = (
     "Conv", "ConvTranspose", "BatchNormalization", "InstanceNormalization", "MaxPool", "AveragePool",
     "GlobalAveragePool", "GlobalMaxPool", "Resize", "DepthToSpace", "SpaceToDepth", "PRelu",
@@ -135,7 +135,8 @@ class Taps:
         for group in self.maps:
             end = place + len(group.outputs)
             read = group.read(
-                [dict(zip(group.outputs, arrays[place:end], strict=True)) for arrays in samples]
+                [dict(zip(group.outputs, arrays[place:end], strict=True)) for arrays in samples],
+                counted,
             )
             if read is None:
                 return None
@@ -145,8 +146,7 @@ class Taps:
 
 
 def tapped(
-    model: ir.Model, needs: Iterable[Need], facts: Mapping[str, Fact], *, counted: int = COUNTED,
-    whole: bool = False,
+    model: ir.Model, needs: Iterable[Need], facts: Mapping[str, Fact], *, whole: bool = False, shapes: bool = True
 ) -> tuple[ir.Model, Taps]:  # fmt: skip
     """A copy of the model whose outputs tell what is needed, and how to read them.
 
@@ -154,8 +154,8 @@ def tapped(
         model: the float model; weights are shared with the copy.
         needs: each of another tensor of the main graph.
         facts: types and sizes.
-        counted: values of a tensor and sample in its histogram.
         whole: nothing is reduced in the graph.
+        shapes: the shapes of feature maps are told; if not, they are taken to be those in `facts`.
     """
     needs = tuple(needs)
     clone = with_outputs(model, [need.tensor for need in needs])
@@ -163,7 +163,7 @@ def tapped(
     # in the whole graph, as the copy lacks readers
     origins = {v.name: v for v in model.graph.inputs}
     origins |= {v.name: v for node in model.graph for v in node.outputs}
-    reducer = _Reducer(clone, counted)
+    reducer = _Reducer(clone, shapes=shapes)
     clone.graph.outputs.clear()
     wholes = []
     for need, value in zip(needs, values, strict=True):
@@ -194,8 +194,8 @@ def _is_large_map(fact: Fact, value: ir.Value) -> bool:
 class _Reducer:
     """Puts reductions behind the feature maps of a graph, and joins what they find."""
 
-    def __init__(self, model: ir.Model, counted: int) -> None:
-        self.graph, self.names, self.counted = model.graph, Names(model), counted
+    def __init__(self, model: ir.Model, *, shapes: bool) -> None:
+        self.graph, self.names, self.shapes = model.graph, Names(model), shapes
         self.opset = model.opset_imports.get("", 1)
         self._maps: dict[
             tuple[int, int], list[Map]
@@ -207,19 +207,18 @@ class _Reducer:
         assert fact.shape is not None
         floor, _ = known_bounds(value)
         rank = len(fact.shape)
-        steps = grid_steps(fact.shape, self.counted)
+        steps = grid_steps(fact.shape[2:])
         size = math.prod(fact.shape[:2]) * math.prod(map(places, fact.shape[2:], steps))
-        item = Map(need, fact.shape[1], tuple(steps), floor, 4 * size)
+        item = Map(need, fact.shape, tuple(steps), floor, 4 * size)
         self._maps.setdefault((rank, fact.shape[0]), []).append(item)
         parts = self._parts.setdefault((rank, fact.shape[0]), {role: [] for role in ROLES})
-        parts["shapes"].append(self._add("Shape", [value], ir.DataType.INT64))
+        if self.shapes:
+            parts["shapes"].append(self._add("Shape", [value], ir.DataType.INT64))
         parts["peaks"].append(self._add("GlobalMaxPool", [value]))
         parts["means"].append(self._add("GlobalAveragePool", [value]))
         if item.has_bottoms:
             parts["bottoms"].append(self._least(value, list(range(2, rank))))
-        ends = [np.iinfo(np.int64).max] * (rank - 2)
-        numbers = [[step // 2 for step in steps], ends, list(range(2, rank)), steps]
-        grid = self._add("Slice", [value, *map(self._numbers, numbers)])
+        grid = self._add("MaxPool", [value], kernel_shape=[1] * (rank - 2), strides=steps)
         parts["grids"].append(self._add("Flatten", [grid]))
 
     def finish(self) -> tuple[Maps, ...]:
@@ -260,23 +259,13 @@ class _Reducer:
         return node.outputs[0]
 
 
-def grid_steps(shape: Sequence[int], counted: int) -> list[int]:
-    """The steps of a grid of about `counted` values in a feature map (N, C, sides...), one a side.
+def grid_steps(sides: Sequence[int]) -> list[int]:
+    """The steps of a grid of places in a feature map, one a side.
 
-    They are odd, so as not to see only one kind of what transposed convolutions and shuffles alternate,
-    and leave three places of a side at least.
+    Small ones, lest the edges, where paddings show, count too much; odd ones, so as not to see only one kind of
+    what transposed convolutions and shuffles alternate.
     """
-    sides, steps, step = shape[2:], [1] * len(shape[2:]), 1
-    while math.prod(shape[:2]) * math.prod(map(places, sides, steps)) > counted:
-        step += 2
-        wider = [
-            step if places(side, step) >= _PLACES else old
-            for side, old in zip(sides, steps, strict=True)
-        ]
-        if step > max(sides):
-            break
-        steps = wider
-    return steps
+    return [next(step for least, step in _STEPS if side >= least) for side in sides]
 
 
 def with_outputs(model: ir.Model, names: Iterable[str]) -> ir.Model:

@@ -42,7 +42,7 @@ def test_all_samples_in_order_the_first_alone(count: int, size: int) -> None:
 
 def test_sizes() -> None:
     assert batch_size(0, 1 << 30) == batch_size(1000, 1 << 30) == 8
-    assert batch_size(8 << 20, 1 << 30) == 4
+    assert batch_size(4 << 20, 1 << 30) == 4
     assert batch_size(4 << 20, 16 << 20) == 1
     assert batch_size(1 << 30, 1) == 1
 
@@ -74,13 +74,13 @@ def test_together_if_proved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of a whole batch replace single ones once they gave the same bits twice."""
     made = runner()
     runs: list[int] = []
-    true_run = made.run
+    true_run = reading._Loaded.run
 
-    def counting(feed: Feed) -> list[NDArray[Any]]:
+    def counting(self: Any, feed: Feed) -> list[NDArray[Any]]:
         runs.append(len(feed["x"]))
-        return true_run(feed)
+        return true_run(self, feed)
 
-    monkeypatch.setattr(made, "run", counting)
+    monkeypatch.setattr(reading._Loaded, "run", counting)
     for start in range(1, 13, 4):
         numbers, feeds = zip(*samples(16)[start : start + 4], strict=True)
         assert made.read(Batch(numbers, feeds)) is not None
@@ -90,12 +90,12 @@ def test_together_if_proved(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_not_if_a_bit_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     made = runner()
-    true_run = made.run
+    true_run = reading._Loaded.run
 
-    def unlike(feed: Feed) -> list[NDArray[Any]]:
-        return [values + F32(len(feed["x"]) > 1) for values in true_run(feed)]
+    def unlike(self: Any, feed: Feed) -> list[NDArray[Any]]:
+        return [values + F32(len(feed["x"]) > 1) for values in true_run(self, feed)]
 
-    monkeypatch.setattr(made, "run", unlike)
+    monkeypatch.setattr(reading._Loaded, "run", unlike)
     numbers, feeds = zip(*samples(4), strict=True)
     found = made.read(Batch(numbers, feeds))
     assert not made.together

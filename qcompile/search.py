@@ -96,7 +96,8 @@ def _tune(shop: Workshop, best: Attempt, found: tune.Sensitivity, history: Histo
     single = tune.tune_ranges(shop, best, found)
     if not single:
         return best
-    attempt = shop.attempt(best.plan, Ranging(best.ranging.method, single), best.form)
+    ranging = Ranging(best.ranging.method, {**best.ranging.single, **single})
+    attempt = shop.attempt(best.plan, ranging, best.form)
     shop.judge(attempt, _QUICK)
     if shop.recipe.bias_correction:
         attempt = _shifted(shop, attempt)

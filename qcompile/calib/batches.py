@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from qcompile.run.session import Feed
 
-_MOST = 8
+_MOST = 16
 _BYTES = 16 << 20  # outputs that are folded at once
 _SMALL = 1 << 21  # bytes: outputs of a sample above which running several at once gains nothing
 

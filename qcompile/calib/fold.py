@@ -94,10 +94,9 @@ def _starts(sizes: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.int6
 
 def ranged(count: int, lows: F32, highs: F32) -> TensorStats:
     """Statistics of so many values, with these extremes of each sample: float32 (samples,)."""
-    extremes = Extremes(
-        lows.size, float(lows.sum(dtype=np.float64)), float(highs.sum(dtype=np.float64)), lows, highs
-    )  # fmt: skip
-    return TensorStats(count, float(lows.min()), float(highs.max()), extremes)
+    low, high = lows.tolist(), highs.tolist()
+    extremes = Extremes(len(low), math.fsum(low), math.fsum(high), lows, highs)
+    return TensorStats(count, min(low), max(high), extremes)
 
 
 def count_chosen(
@@ -150,7 +149,11 @@ class _Planes:
 
     def _pieces(self, reduce: np.ufunc, values: F32) -> F32:
         """Each piece reduced: float32 (pieces, channels)."""
-        found: F32 = reduce.reduceat(values, self._starts, axis=0).reshape(-1, self.width)
+        if values.ndim > 1:  # rows: reduceat along them is slow
+            ends = [*self._starts[1:].tolist(), len(values)]
+            pairs = zip(self._starts.tolist(), ends, strict=True)
+            return np.stack([reduce.reduce(values[start:end], axis=0) for start, end in pairs])
+        found: F32 = reduce.reduceat(values, self._starts).reshape(-1, self.width)
         return found
 
     def sums(self, *, square: bool) -> npt.NDArray[np.float64]:

@@ -34,11 +34,11 @@ class Window:
     counts: Counts = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
 
     def add(self, start: int, counts: Counts) -> None:
-        """The counts of the bins from `start` are added."""
+        """The counts of the bins from `start` are added; the array may be kept."""
         if not counts.size:
             return
         if not self.counts.size:
-            self.start, self.counts = start, counts.copy()
+            self.start, self.counts = start, counts
             return
         stop, end = start + counts.size, self.start + self.counts.size
         if start < self.start or stop > end:
@@ -70,8 +70,8 @@ class Histogram:
     def add(self, other: Histogram) -> None:
         """The values of `other` are counted as well: exactly what one histogram of both would hold."""
         self.zeros += other.zeros
-        self.positive.add(other.positive.start, other.positive.counts)
-        self.negative.add(other.negative.start, other.negative.counts)
+        for mine, theirs in ((self.positive, other.positive), (self.negative, other.negative)):
+            mine.add(theirs.start, theirs.counts if mine.counts.size else theirs.counts.copy())
 
     def count(self, values: npt.NDArray[np.float32], weight: int = UNIT) -> None:
         """Each of `values`, finite, contiguous and of rank 1, adds `weight`."""
@@ -79,13 +79,11 @@ class Histogram:
             return
         halves = values.view(np.uint16)
         counts = np.bincount(halves[1::2] if _LITTLE else halves[::2])
-        if weight != 1:
-            counts *= weight
         for window, part in ((self.positive, counts[:SIGN]), (self.negative, counts[SIGN:])):
             if part.size:
-                self.zeros += int(part[0])
-                start = 1 if part[1:_COMMON].any() else _COMMON
-                window.add(start, part[start:])
+                self.zeros += int(part[0]) * weight
+                start = 1 if part[1:_COMMON].max(initial=0) else _COMMON
+                window.add(start, part[start:] * weight)
 
     def bins(self) -> Bins:
         """The filled bins, in the order of their values."""

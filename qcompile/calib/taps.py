@@ -31,12 +31,12 @@ from qcompile.step import Need
 
 _LARGE = 2 * COUNTED  # values above which a feature map is reduced in the graph
 _STEPS = ((65, 5), (9, 3), (0, 1))  # of a grid, along sides of so many places or more
+_PLACES = 6  # along a side, that a step above those leaves at least
 _CHANNELS_FIRST = (
     "Conv", "ConvTranspose", "BatchNormalization", "InstanceNormalization", "MaxPool", "AveragePool",
     "GlobalAveragePool", "GlobalMaxPool", "Resize", "DepthToSpace", "SpaceToDepth", "PRelu",
 )  # fmt: skip
 _UNIT = ("Sigmoid", "HardSigmoid", "Softmax")
-_OPSET = 10  # Slice takes its numbers as inputs
 
 
 def known_bounds(value: ir.Value) -> tuple[float, float]:
@@ -169,7 +169,7 @@ def tapped(
     for need, value in zip(needs, values, strict=True):
         fact = facts.get(need.tensor)
         axis = channel_axis(origins.get(need.tensor, value))
-        small = whole or need.gram or reducer.opset < _OPSET
+        small = whole or need.gram
         if not small and fact is not None and axis == 1 and _is_large_map(fact, value):
             reducer.tap(need, value, fact)
             continue
@@ -205,9 +205,10 @@ class _Reducer:
     def tap(self, need: Need, value: ir.Value, fact: Fact) -> None:
         """Reductions behind `value`."""
         assert fact.shape is not None
-        floor, _ = known_bounds(value)
+        one_sided = known_bounds(value)[0] == 0
+        floor = 0.0 if one_sided else -math.inf  # of a Clip from -1, say, -1 need not be reached
         rank = len(fact.shape)
-        steps = grid_steps(fact.shape[2:])
+        steps = grid_steps(fact.shape)
         size = math.prod(fact.shape[:2]) * math.prod(map(places, fact.shape[2:], steps))
         item = Map(need, fact.shape, tuple(steps), floor, 4 * size)
         self._maps.setdefault((rank, fact.shape[0]), []).append(item)
@@ -259,13 +260,23 @@ class _Reducer:
         return node.outputs[0]
 
 
-def grid_steps(sides: Sequence[int]) -> list[int]:
-    """The steps of a grid of places in a feature map, one a side.
+def grid_steps(shape: Sequence[int]) -> list[int]:
+    """The steps of a grid of places in a feature map (N, C, sides...), one a side.
 
-    Small ones, lest the edges, where paddings show, count too much; odd ones, so as not to see only one kind of
-    what transposed convolutions and shuffles alternate.
+    Small ones, lest the edges, where paddings show, count too much; larger ones in maps of many values. They are odd,
+    so as not to see only one kind of what transposed convolutions and shuffles alternate.
     """
-    return [next(step for least, step in _STEPS if side >= least) for side in sides]
+    sides = shape[2:]
+    steps = [next(step for least, step in _STEPS if side >= least) for side in sides]
+    while math.prod(shape[:2]) * math.prod(map(places, sides, steps)) > _LARGE:
+        wider = [
+            s + 2 if places(side, s + 2) >= _PLACES else s
+            for side, s in zip(sides, steps, strict=True)
+        ]
+        if wider == steps:
+            break
+        steps = wider
+    return steps
 
 
 def with_outputs(model: ir.Model, names: Iterable[str]) -> ir.Model:

@@ -41,7 +41,7 @@ def test_all_samples_in_order_the_first_alone(count: int, size: int) -> None:
 
 
 def test_sizes() -> None:
-    assert batch_size(0, 1 << 30) == batch_size(1000, 1 << 30) == 8
+    assert batch_size(0, 1 << 30) == batch_size(1000, 1 << 30) == 16
     assert batch_size(4 << 20, 1 << 30) == 4
     assert batch_size(4 << 20, 16 << 20) == 1
     assert batch_size(1 << 30, 1) == 1

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from rewrites import parse, run
 from statistic import F32, Feed, assert_same, watch
 
+from qcompile.calib.fold import COUNTED
 from qcompile.calib.histogram import UNIT
 from qcompile.calib.maps import places
 from qcompile.calib.taps import (
@@ -62,7 +63,7 @@ def test_reduced_in_the_graph_or_not(counted: int) -> None:
         np.testing.assert_array_equal(stats.channels.highs, together.max(axis=(0, 2, 3)))
         np.testing.assert_array_equal(stats.channels.lows, together.min(axis=(0, 2, 3)))
         moment = np.square(together).mean(axis=(0, 2, 3))
-        off = 0.3  # the grid has every ninth place
+        off = 0.6  # the grid has every ninth place
         np.testing.assert_allclose(stats.channels.second_moment(), moment, rtol=off)
         assert stats.histogram is not None
         assert stats.histogram.total == pytest.approx(UNIT * together.size, rel=0.01)
@@ -102,15 +103,15 @@ def test_the_shards_of_a_reduced_map_make_the_whole() -> None:
 # ---- its parts
 
 
-@given(st.lists(st.integers(1, 3000), min_size=1, max_size=3))
-def test_grids(sides: list[int]) -> None:
-    """Odd steps, in small maps all places; the edges do not count much more than they should."""
-    steps = grid_steps(sides)
+@given(st.integers(1, 2000), st.lists(st.integers(1, 3000), min_size=1, max_size=3))
+def test_grids(channels: int, sides: list[int]) -> None:
+    """Odd steps, in small maps all places; no more values than are useful, unless few places would be left."""
+    steps = grid_steps((1, channels, *sides))
+    found = [places(side, step) for side, step in zip(sides, steps, strict=True)]
     assert all(step % 2 == 1 for step in steps)
-    for side, step in zip(sides, steps, strict=True):
-        assert step == 1 or side > 8
-        share = (1 + ((side - 1) % step == 0)) / places(side, step)
-        assert share < 2 / side + 0.35
+    assert all(step == 1 or count >= 3 for step, count in zip(steps, found, strict=True))
+    fewest = all(places(side, step + 2) < 6 for side, step in zip(sides, steps, strict=True))
+    assert fewest or channels * math.prod(found) <= 2 * COUNTED
 
 
 def values_of(text: str) -> dict[str, ir.Value]:
@@ -167,15 +168,12 @@ def test_what_a_large_map_needs_is_computed_behind_it() -> None:
     assert "y" not in {value.name for value in made.graph.outputs}
 
 
-def test_small_tensors_gram_and_old_opsets_come_out_whole() -> None:
+def test_small_tensors_and_gram_come_out_whole() -> None:
     facts = probe(CONVS, large(1, side=8)[0])
     assert not tapped(CONVS, [Need("a")], facts)[1].maps
     facts = probe(CONVS, large(1)[0])
     assert not tapped(CONVS, [Need("a", gram=True)], facts)[1].maps
     assert not tapped(CONVS, [Need("a")], facts, whole=True)[1].maps
-    old = CONVS.clone()
-    old.opset_imports[""] = 9
-    assert not tapped(old, [Need("a")], facts)[1].maps
 
 
 def test_any_value_can_be_an_output() -> None:

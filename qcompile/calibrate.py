@@ -98,7 +98,7 @@ def calibrate_model(
     parts = [(str(path), store.load(Path(path))) for path in merged]
     notes: tuple[str, ...] = ()
     passes, together = 0, False
-    forced = _check_parts(model, parts, force=force)
+    forced = _check_parts(model, parts, force=force) if parts else ()
     if data is not None:
         opened = open_model(model, data, recipe, target, show, held_out=held_out)
         made, passes, together, notes = _gather(opened, show, gram=gram)

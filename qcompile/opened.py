@@ -116,6 +116,10 @@ def open_model(
     statistics = None
     if stats is not None:
         statistics, samples = _statistics(Path(stats), model, original, samples, force=force)
+        if data is not None and not statistics.held:
+            notes.append(
+                f"{stats} was gathered with --held-out 0: samples of its own data both calibrate and judge."
+            )
     with show.stage("preparing"):
         prepared, _ = prepare(original.clone())
         feed = stand_in(specs) if samples is None else samples.first()

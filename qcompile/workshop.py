@@ -151,7 +151,7 @@ class Workshop:
         """
         assert isinstance(self.samples, Samples)
         samples, recipe = self.samples, self.recipe
-        settings = Settings(recipe.memory, skip_bad=recipe.skip_bad)
+        settings = Settings(recipe.memory, recipe.threads, skip_bad=recipe.skip_bad)
         total = samples.calibration_count
         with self.progress.stage("calibrating", total) as step:
             found = observe(
@@ -179,7 +179,11 @@ class Workshop:
         """The bad ones of the held-out samples, which are left out from now on."""
         assert isinstance(self.samples, Samples)
         settings = Settings(
-            self.recipe.memory, skip_bad=True, allow_all_bad=True, infinite=infinite
+            self.recipe.memory,
+            self.recipe.threads,
+            skip_bad=True,
+            allow_all_bad=True,
+            infinite=infinite,
         )
         found = observe(self.prepared, needs, self.samples.numbered, self.facts, settings)
         self.samples.leave_out({bad.sample for bad in found.bad})
@@ -237,7 +241,7 @@ class Workshop:
             moments = {
                 n: InputMoments(channels.mean(), shifts.get(n))
                 for n in inputs
-                if (channels := self.stats[n].channels) is not None
+                if (channels := self.stats[n].channels) is not None and channels.axis == 1
             }
         weights = solve_weights(
             plan,

@@ -12,6 +12,7 @@ from rewrites import parse
 
 from qcompile.calib.histogram import Histogram
 from qcompile.calib.observe import Observed, Settings, observe
+from qcompile.calib.statistics import Key, Statistics
 from qcompile.calib.stats import TensorStats
 from qcompile.run.probe import probe
 from qcompile.step import Need
@@ -82,3 +83,11 @@ def assert_same(
             np.testing.assert_allclose(mine.channels.sums, other.channels.sums, rtol=rtol)
             np.testing.assert_allclose(mine.channels.squares, other.channels.squares, rtol=rtol)
             np.testing.assert_array_equal(mine.channels.highs, other.channels.highs)
+
+
+def tiny() -> Statistics:
+    """Statistics of one tensor."""
+    made = TensorStats(5, -1.5, 2.0)
+    made.histogram = Histogram()
+    made.histogram.count(np.array([-1.5, 2.0], F32))
+    return Statistics(Key("a" * 64, "m.onnx", (), {}), {"t": made}, 1)

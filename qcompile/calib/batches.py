@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
+from qcompile.run.probe import Fact
 from qcompile.run.session import Feed
 
 _MOST = 16
 _BYTES = 16 << 20  # outputs that are folded at once
-_SMALL = 1 << 21  # bytes: outputs of a sample above which running several at once gains nothing
+_SMALL = 1 << 22  # bytes: activations of a sample above which running several at once gains nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,29 +45,32 @@ class Batch:
         return zip(self.numbers, self.feeds, strict=True)
 
 
-def batches(samples: Iterable[tuple[int, Feed]], size: int) -> Iterator[Batch]:
-    """The samples in order: the first one alone, then `size` at a time."""
-    left = iter(samples)
-    for count in itertools.chain([1], itertools.repeat(size)):
-        part = list(itertools.islice(left, count))
+def batches(samples: Iterable[tuple[int, Feed]], size: Callable[[Feed], int]) -> Iterator[Batch]:
+    """The samples in order: the first one alone, then as many at a time as `size` says of the first of them."""
+    left, count = iter(samples), 1
+    while True:
+        part = list(itertools.islice(left, 1))
         if not part:
             return
+        count = min(count, size(part[0][1]))
+        part += itertools.islice(left, count - 1)
         yield Batch([number for number, _ in part], [feed for _, feed in part])
+        count = _MOST
 
 
-def batch_size(output_bytes: int, memory: int) -> int:
-    """How many samples, whose outputs take so many bytes each, are folded at once."""
-    return max(1, min(_MOST, min(_BYTES, memory // 4) // max(output_bytes, 1)))
+def batch_size(sample_bytes: int, memory: int) -> int:
+    """How many samples, whose inputs and outputs take so many bytes each, are folded at once."""
+    return max(1, min(_MOST, min(_BYTES, memory // 4) // max(sample_bytes, 1)))
 
 
-def may_run_together(model: ir.Model, output_bytes: int) -> bool:
+def may_run_together(model: ir.Model, facts: Mapping[str, Fact]) -> bool:
     """Whether it is worth a trial to run several samples at once.
 
-    Every input that is fed must declare a first dimension that may vary, and outputs must be small.
+    Every input that is fed must declare a first dimension that may vary, and all activations must be small.
     """
     inputs = [v for v in model.graph.inputs if v.name not in model.graph.initializers]
     dynamic = bool(inputs) and all(
         value.shape is not None and len(value.shape) > 0 and not isinstance(value.shape[0], int)
         for value in inputs
     )
-    return dynamic and output_bytes <= _SMALL
+    return dynamic and 0 < 4 * sum(fact.elements for fact in facts.values()) <= _SMALL

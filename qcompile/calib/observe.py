@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import numpy as np
 import onnx_ir as ir
 
 from qcompile.calib.batches import Batch, batch_size, batches
@@ -21,7 +22,7 @@ from qcompile.calib.fold import COUNTED
 from qcompile.calib.reading import Bad, Exact, Found, Runner, has_masks
 from qcompile.calib.stats import TensorStats
 from qcompile.calib.taps import tapped
-from qcompile.errors import DataError
+from qcompile.errors import DataError, ModelError
 from qcompile.run.probe import Fact
 from qcompile.run.session import Feed
 from qcompile.step import Need
@@ -152,12 +153,11 @@ class _Pass:
         self, samples: Callable[[], Iterable[tuple[int, Feed]]], tick: Callable[[], None]
     ) -> None:
         """Folds all samples; bad ones are entered, unless they are an error."""
-        size = batch_size(self._runner.bytes, self._settings.memory)
         good = ((number, feed) for number, feed in samples() if number not in self._bad)
         waiting: collections.deque[tuple[Batch, Future[Found]]] = collections.deque()
         with ThreadPoolExecutor(self._workers) as pool:
             try:
-                for batch in batches(good, size):
+                for batch in batches(good, self._size):
                     # what is infinite in the first sample is so by design
                     if not self.samples and self._settings.infinite is None:
                         self._take(batch, self._fold(batch, first=True), tick)
@@ -200,8 +200,24 @@ class _Pass:
             tick()
 
     def _fold(self, batch: Batch, *, first: bool = False) -> Found:
-        """Statistics of a batch, or if something is odd of its samples one by one."""
-        stats = self._runner.read(batch)
+        """Statistics of a batch; if something is odd, of its samples one by one, exactly of the odd ones."""
+        try:
+            stats = self._runner.read(batch)
+        except ModelError:  # perhaps sizes that cannot be joined; else it fails again
+            stats = None
         if stats is not None:
             return Found([stats], [])
-        return self._exact.read(batch, first=first)
+        if len(batch.numbers) == 1:
+            return self._exact.read(batch, first=first)
+        found = Found([], [])
+        for number, feed in batch.singles:
+            one = self._fold(Batch([number], [feed]), first=first)
+            first &= not one.stats
+            found.stats += one.stats
+            found.bad += one.bad
+        return found
+
+    def _size(self, feed: Feed) -> int:
+        """How many samples like this one go into a batch."""
+        inputs = sum(np.asarray(value).nbytes for value in feed.values())
+        return batch_size(self._runner.bytes + inputs, self._settings.memory)

@@ -16,13 +16,22 @@ from qcompile.calib.fold import fold, fold_finite
 from qcompile.calib.stats import TensorStats
 from qcompile.calib.taps import Taps, tapped
 from qcompile.errors import ModelError
-from qcompile.graph.edit import graphs
+from qcompile.graph.edit import graphs, is_op
 from qcompile.run.probe import Fact
 from qcompile.run.session import Bound, Feed, Options, Session
 from qcompile.step import Need
 
 _HUGE = 1e8  # constants as large as this are masks, and infinities what they lead to
 _MASK_SIZE = 1 << 16  # values of a constant that is looked through for them
+_FINDERS = (
+    "NonZero",
+    "Compress",
+    "Unique",
+    "NonMaxSuppression",
+    "RoiAlign",
+    "Multinomial",
+    "Bernoulli",
+)
 _TRIALS = 2  # batches that are compared with their samples, one by one
 
 Array = npt.NDArray[Any]
@@ -112,8 +121,9 @@ class Runner:
         self._loaded: dict[bool, _Loaded] = {}
         inputs = [value.name or "" for value in model.graph.inputs]
         self._usual = {name: facts[name].shape for name in inputs if name in facts}
+        self._follow = _shapes_follow(model, facts)
         self.taps = self._load(told=False).taps
-        self.together = may_run_together(model, self.bytes) and not whole
+        self.together = may_run_together(model, facts) and not whole
 
     @property
     def bytes(self) -> int:
@@ -131,8 +141,12 @@ class Runner:
             ModelError: ORT fails.
         """
         alike = batch.alike
-        usual = alike and all(
-            np.shape(value) == self._usual.get(name) for name, value in batch.feeds[0].items()
+        usual = (
+            self._follow
+            and alike
+            and all(
+                np.shape(value) == self._usual.get(name) for name, value in batch.feeds[0].items()
+            )
         )
         loaded = self._load(told=bool(self.taps.maps) and not usual)
         count = len(batch.numbers)
@@ -173,6 +187,25 @@ def _share(shapes: Array, rank: int, count: int) -> Array:
     return own
 
 
+def _shapes_follow(model: ir.Model, facts: Mapping[str, Fact]) -> bool:
+    """Whether all shapes follow from those of the inputs: no value is found or counted, or made a size."""
+    inputs = [facts.get(value.name or "") for value in model.graph.inputs]
+    if any(fact is None or not fact.is_float for fact in inputs):
+        return False
+    for graph in graphs(model):
+        for node in graph:
+            if graph is not model.graph or is_op(node, *_FINDERS):
+                return False
+            source = (
+                facts.get(node.inputs[0].name or "") if node.inputs and node.inputs[0] else None
+            )
+            made = facts.get(node.outputs[0].name or "")
+            known = source is not None and made is not None
+            if is_op(node, "Cast") and not (known and (made.is_float or not source.is_float)):  # type: ignore[union-attr]
+                return False
+    return True
+
+
 def _has_fixed_shapes(model: ir.Model) -> bool:
     """Whether only the first dimensions of the inputs vary."""
     return all(
@@ -192,7 +225,7 @@ class Exact:
         self.infinite: set[str] = set(infinite)  # tensors whose infinities belong to the model
 
     def read(self, batch: Batch, *, first: bool) -> Found:
-        """What the samples leave; infinities in the `first` ones are taken to belong to the model."""
+        """What the samples leave; with `first` the infinities of the first good one belong to the model."""
         with self._lock:
             if self._runner is None:
                 quick = self._quick
@@ -203,17 +236,16 @@ class Exact:
         found = Found([], [])
         for number, feed in batch.singles:
             values = self._runner.run(feed)
-            if first:
-                self.infinite |= {
-                    item.need.tensor
-                    for item, array in zip(self._runner.taps.wholes, values, strict=True)
-                    if np.isinf(array).any() and not np.isnan(array).any()
-                }
+            expected = {
+                item.need.tensor
+                for item, array in zip(self._runner.taps.wholes, values, strict=True)
+                if first and np.isinf(array).any() and not np.isnan(array).any()
+            }
             stats: list[TensorStats] = []
             for item, array in zip(self._runner.taps.wholes, values, strict=True):
                 one = fold([array], item.need, item.axis, self._runner.counted)
                 if one is None:
-                    bad = self._bad(number, item.need.tensor, array)
+                    bad = self._bad(number, item.need.tensor, array, expected)
                     if bad is not None:
                         found.bad.append(bad)
                         break
@@ -221,12 +253,14 @@ class Exact:
                 stats.append(one)
             else:
                 found.stats.append(stats)
+                self.infinite |= expected
+                first = False
         return found
 
-    def _bad(self, number: int, tensor: str, array: Array) -> Bad | None:
+    def _bad(self, number: int, tensor: str, array: Array, expected: set[str]) -> Bad | None:
         wrong = np.isnan(array)
         if not wrong.any():
-            if self._masks or tensor in self.infinite:
+            if self._masks or tensor in self.infinite or tensor in expected:
                 return None
             wrong = np.isinf(array)
         index = tuple(map(int, np.argwhere(wrong)[0])) if array.ndim else ()

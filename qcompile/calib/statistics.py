@@ -171,6 +171,7 @@ def merge(parts: Sequence[tuple[str, Statistics]], *, force: bool = False) -> St
         held=_interleaved([part.held for _, part in parts], MOST_HELD_OUT),
         few=_interleaved([part.few for _, part in parts], TUNING),
         forced=(*(s for _, part in parts for s in part.forced), *forced),
+        shared=any(part.shared for _, part in parts),
     )
 
 

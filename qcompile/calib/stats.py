@@ -7,6 +7,7 @@ histograms, and to the rounding of float64 for sums.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import numpy.typing as npt
@@ -128,16 +129,19 @@ class TensorStats:
 
     @property
     def mean(self) -> float | None:
-        """E[x] over all channels; None if they were not asked for."""
-        return None if self.channels is None else float(self.channels.mean().mean())
+        """E[x] over all channels; None if they were not asked for, or sums are not finite."""
+        if self.channels is None:
+            return None
+        mean = float(self.channels.mean().mean())
+        return mean if math.isfinite(mean) else None  # float32 sums of masks overflow
 
     @property
     def deviation(self) -> float | None:
-        """The standard deviation of all values; None if channels were not asked for."""
+        """The standard deviation of all values; None as `mean`."""
         if self.channels is None or self.mean is None:
             return None
         square = float(self.channels.second_moment().mean())
-        return float(np.sqrt(max(square - self.mean**2, 0.0)))
+        return math.sqrt(max(square - self.mean**2, 0.0)) if math.isfinite(square) else None
 
     def share_of_zeros(self) -> float | None:
         """The share of values that are 0; None without a histogram."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io as streams
 import json
+import math
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.calib.histogram import Histogram, Window
+from qcompile.calib.histogram import SIGN, Histogram, Window
 from qcompile.calib.statistics import Key, Shard, Statistics
 from qcompile.calib.stats import Channels, Extremes, TensorStats
 from qcompile.errors import DataError
@@ -32,6 +33,7 @@ _KINDS = {
     "lows": "f4", "highs": "f4", "bins": "i8", "sums": "f8", "squares": "f8", "channel_lows": "f4",
     "channel_highs": "f4", "gram": "f8",
 }  # fmt: skip
+_INFLATED, _RATIO = 256 << 20, 100  # what a file may unpack to: bytes, and times its own size
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # of every member: the clock must not be in the bytes
 _UNREADABLE = (
     OSError, EOFError, ValueError, KeyError, TypeError, IndexError, AttributeError, zipfile.BadZipFile,
@@ -76,6 +78,9 @@ def load(path: Path) -> Statistics:
         raise DataError(f"there are no statistics at {path}: make them with `qcompile calibrate`.")
     try:
         with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+            if size > max(_INFLATED, _RATIO * path.stat().st_size):
+                raise ValueError(f"{size} bytes unpacked are more than statistics take")
             text = json.loads(archive.read(_TEXT))
             if text["format"] != FORMAT:
                 raise DataError(
@@ -168,11 +173,19 @@ class _Rest:
             int(row["samples"]), float(row["low_sum"]), float(row["high_sum"]),
             self._take("lows", kept), self._take("highs", kept),
         )  # fmt: skip
+        if not (
+            math.isfinite(row["low"]) and math.isfinite(row["high"]) and row["low"] <= row["high"]
+        ):
+            raise ValueError(f"tensor {row['name']!r} has no range")
         made = TensorStats(
             int(row["count"]), float(row["low"]), float(row["high"]), seen, int(row["infinite"])
         )
         if "windows" in row:
             sides = [Window(int(start), self._take("bins", size)) for start, size in row["windows"]]
+            if any(
+                w.start < 0 or w.start + w.counts.size > SIGN or (w.counts < 0).any() for w in sides
+            ):
+                raise ValueError(f"tensor {row['name']!r} has an impossible histogram")
             made.histogram = Histogram(int(row["zeros"]), *sides)
         if "channels" in row:
             width, axis, count, square_count = map(int, row["channels"])

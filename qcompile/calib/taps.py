@@ -36,6 +36,8 @@ _CHANNELS_FIRST = (
     "Conv", "ConvTranspose", "BatchNormalization", "InstanceNormalization", "MaxPool", "AveragePool",
     "GlobalAveragePool", "GlobalMaxPool", "Resize", "DepthToSpace", "SpaceToDepth", "PRelu",
 )  # fmt: skip
+_CHANNELS_LAST = ("MatMul", "Gemm", "LayerNormalization")
+_BACK = 8  # operators
 _UNIT = ("Sigmoid", "HardSigmoid", "Softmax")
 
 
@@ -52,22 +54,25 @@ def known_bounds(value: ir.Value) -> tuple[float, float]:
 
 
 def channel_axis(value: ir.Value) -> int:
-    """Where a tensor's channels are: axis 1 about convolutions, else the last one."""
-    near = [use.node for use in value.uses()]
-    for _ in range(8):  # through activations and sums back to a convolution
+    """Where a tensor's channels are: axis 1 about convolutions, else the last one.
+
+    What reads it decides, then what it was made by: through activations and sums back to a convolution.
+    """
+    readers = [use.node for use in value.uses()]
+    if any(is_op(node, *_CHANNELS_FIRST) for node in readers):
+        return 1
+    if any(is_op(node, *_CHANNELS_LAST) for node in readers):
+        return -1
+    for _ in range(_BACK):
         node = value.producer()
-        if node is None:
-            break
-        near.append(node)
-        ahead = [v for v in node.inputs if v is not None and v.const_value is None]
-        if not ahead or node.op_type in ("Reshape", "Transpose", "Flatten", "MatMul", "Gemm"):
-            break
-        value = ahead[0]
-    for node in near:
         if is_op(node, *_CHANNELS_FIRST):
             return 1
-        if is_op(node, "MatMul", "Gemm", "LayerNormalization", "Reshape", "Transpose", "Flatten"):
+        if node is None or is_op(node, *_CHANNELS_LAST, "Reshape", "Transpose", "Flatten"):
             return -1
+        ahead = [v for v in node.inputs if v is not None and v.const_value is None]
+        if not ahead:
+            return -1
+        value = ahead[0]
     return -1
 
 

@@ -260,3 +260,17 @@ def test_an_error_of_the_data_is_not_hidden() -> None:
 
     with pytest.raises(DataError, match="the disk is gone"):
         observe(NET, needs("a"), broken, {})
+
+
+# ---- what a review found
+
+
+def test_infinities_are_trusted_in_the_first_good_sample_only() -> None:
+    """Whatever stood before it, and whoever runs together with it."""
+    rows = {"good": [1.0, 2.0], "nan": [-1.0, 1.0], "inf": [0.0, 1.0]}
+    for words in ("nan good inf good", "good nan inf good", "nan nan good inf"):
+        order = words.split()
+        samples = numbered(*((i, rows[name]) for i, name in enumerate(order)))
+        found = observe(LOG, needs("b"), samples.__iter__, {}, Settings(skip_bad=True))
+        assert [bad.sample for bad in found.bad] == [i for i, n in enumerate(order) if n != "good"]
+        assert found.tensors["b"].bounded

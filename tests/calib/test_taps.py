@@ -196,3 +196,50 @@ def test_what_no_output_needs_is_not_computed() -> None:
     assert [node.op_type for node in shown.graph] == ["Neg"]
     assert not shown.graph.initializers
     assert [value.name for value in shown.graph.inputs] == ["x"]
+
+
+def test_what_reads_a_tensor_decides_its_axis() -> None:
+    """Whichever reader comes first."""
+    for first, second in (
+        ("b = Conv(a, w)", "r = Reshape(a, s)"),
+        ("r = Reshape(a, s)", "b = Conv(a, w)"),
+    ):
+        found = values_of(
+            "g (float[1,2,4,4] x) => (float[1,2,4,4] b, float[32] r) <float[2,2,1,1] w = {1, 2, 3, 4}, int64[1] s = {32}> "
+            f"{{ a = Relu(x) {first} {second} }}"
+        )
+        assert channel_axis(found["a"]) == 1
+
+
+def test_maps_whose_size_is_an_input() -> None:
+    """The shape of the input does not tell that of what Resize makes of it."""
+    model = parse(
+        "g (float[1,8,H,W] x, int64[4] sizes) => (float[1,8,A,B] y) <float[8,1,1,1] w = {1, 2, 3, 4, 5, 6, 7, 8}> "
+        '{ a = Resize<mode = "nearest">(x, "", "", sizes) y = Conv<group = 8>(a, w) }'
+    )
+    samples = [
+        {"x": large(1)[0]["x"], "sizes": np.array([1, 8, side, side], np.int64)}
+        for side in (48, 60, 70)
+    ]
+    made = watch(samples, model, ("a", "y")).tensors
+    assert made["y"].count == 8 * (48 * 48 + 60 * 60 + 70 * 70)
+
+
+def test_maps_of_batches_that_vary_apart() -> None:
+    model = parse(
+        "g (float[N,8,H,W] x, float[M,8,H,W] z) => (float[N,8,H,W] y, float[M,8,H,W] v) "
+        "<float[8,1,1,1] w = {1, 2, 3, 4, 5, 6, 7, 8}> { y = Conv<group = 8>(x, w) v = Conv<group = 8>(z, w) }"
+    )
+    one = large(1)[0]["x"]
+    samples = [{"x": one, "z": one}, {"x": np.concatenate([one, one]), "z": one}]
+    made = watch(samples, model, ("y", "v")).tensors
+    assert (made["y"].count, made["v"].count) == (3 * one.size, 2 * one.size)
+
+
+def test_a_bad_sample_does_not_change_how_others_are_counted() -> None:
+    samples = large(6)
+    bad = {"x": samples[0]["x"].copy()}
+    bad["x"][0, 0, 0, 0] = np.nan
+    alone = watch(samples, CONVS, ("a", "b")).tensors
+    mixed = watch([*samples[:3], bad, *samples[3:]], CONVS, ("a", "b"), skip_bad=True).tensors
+    assert_same(mixed, alone, rtol=1e-12)

@@ -10,7 +10,7 @@ from typing import Any
 
 from qcompile.calib import store
 from qcompile.calib.observe import Observed
-from qcompile.calib.split import MOST_HELD_OUT, TUNING, Samples
+from qcompile.calib.split import TUNING, Samples
 from qcompile.calib.statistics import (
     SUFFIX,
     Key,
@@ -21,7 +21,7 @@ from qcompile.calib.statistics import (
     merge,
     settle,
 )
-from qcompile.errors import RecipeError
+from qcompile.errors import OutputError, RecipeError
 from qcompile.graph import io
 from qcompile.graph.digest import digest
 from qcompile.opened import Opened, open_model, versions
@@ -77,8 +77,8 @@ def calibrate_model(
         merged: files of statistics of other samples of the same model, which come first.
         recipe: how data is read, threads, memory, and whether bad samples are left out.
         target: name or file; its plan decides which tensors are worth observing.
-        held_out: most samples that are kept out of the statistics, to judge results on, and stored with them;
-            None: every fifth, 24 at most; 0: all samples calibrate, and none is stored.
+        held_out: samples that are kept out of the statistics, to judge results on, and stored with them as far as
+            they fit; None: every fifth, 24 at most; 0: all samples calibrate, and none is stored.
         gram: gather X'X of what weights are multiplied with, for GPTQ: channels squared numbers each.
         force: merge although models, versions or data do not fit.
         progress: shows the stages; None: silent.
@@ -126,6 +126,10 @@ def _place(
         for file in io.external_files(io.load(path)):
             io.check_apart(place, {"the external data of the model": file})
     io.check_writable(place)
+    if place.exists() and not store.is_statistics(place):
+        raise OutputError(
+            f"{place} exists and holds no statistics: choose another file with -o, or remove it."
+        )
     return place
 
 
@@ -160,9 +164,9 @@ def _gather(
     nothing = (
         () if needs else ("Nothing could be observed: the main graph has no node with weights.",)
     )
-    held = _fitting(samples.held_out(), MOST_HELD_OUT)
+    held = _fitting(samples.held_out(), samples.held_out_count)
     title = opened.path.name if opened.path is not None else "a model in memory"
-    shard = Shard(samples.description, samples.digest, found.samples)
+    shard = Shard(samples.description, samples.digest, found.samples, samples.manner)
     made = Statistics(
         key=Key(digest(opened.original), title, (shard,), versions()),
         tensors=found.tensors, samples=found.samples, skipped=len(found.bad),

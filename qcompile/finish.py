@@ -121,7 +121,7 @@ def finish(
         kernels={"integer": kernels.integer, "float": kernels.float, "leftover_qdq": kernels.leftover_qdq,
                  "operators": dict(kernels.operators), "nodes": [dataclasses.asdict(v) for v in kernels.nodes]},
         kept_float=_kept_float(shop, best),
-        samples={"calibration": opened.samples.calibration_count if opened.samples else 0,
+        samples={"calibration": _calibrated(opened),
                  "held_out": opened.samples.held_out_count if opened.samples else 0},
         warnings=warnings, notes=[*opened.notes, *history.notes], next_command=_next(opened, best, code),
         exit_code=code, goal_missed=_goal_missed(shop, best, deployed), plan=[dataclasses.asdict(e) for e in best.plan.nodes],
@@ -129,6 +129,13 @@ def finish(
     if report is not None:
         _write_report(Path(report), result, best)
     return result
+
+
+def _calibrated(opened: Opened) -> int:
+    """How many samples calibrated."""
+    if opened.statistics is not None:
+        return opened.statistics.samples
+    return opened.samples.calibration_count if opened.samples else 0
 
 
 def _latency(opened: Opened, best: Attempt, seconds: float) -> list[dict[str, Any]]:

@@ -111,12 +111,18 @@ def open_model(
     notes: list[str] = []
     samples: Judges | None = None
     if data is not None:
-        source: Data = open_data(data, specs, chosen.data, normalizes=_normalizes(original))
+        source: Data = open_data(
+            data, specs, chosen.data, normalizes=_normalizes(original), finite=not chosen.skip_bad
+        )
         samples, notes = Samples(source, held_out), list(source.notes)
     statistics = None
     if stats is not None:
         statistics, samples = _statistics(Path(stats), model, original, samples, force=force)
-        if data is not None and not statistics.held:
+        if (
+            isinstance(samples, Samples)
+            and not statistics.held
+            and samples.digest in {shard.digest for shard in statistics.key.shards}
+        ):
             notes.append(
                 f"{stats} was gathered with --held-out 0: samples of its own data both calibrate and judge."
             )
@@ -160,7 +166,7 @@ def _statistics(
         *check_model(found, str(path), digest(original), title),
         *check_versions(found, str(path), versions()),
     ]
-    if isinstance(samples, Samples):
+    if isinstance(samples, Samples) and found.held:  # without any, other data is what should judge
         mismatches += check_data(found, str(path), samples.digest, samples.description)
     forced = (*found.forced, *settle(mismatches, force=force))
     found = dataclasses.replace(found, forced=forced)

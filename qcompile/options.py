@@ -169,7 +169,7 @@ def _calibrate() -> Parser:
     parser.add_argument(
         "--held-out", type=_at_least(0), metavar="N",
         help="samples that are kept out of the statistics and stored with them, to judge results on (every"
-        " fifth, 24 at most; 0: all calibrate, and --stats then needs --data too)",
+        " fifth, 24 at most; at most half if given; 0: all calibrate, --stats then needs other --data)",
     )  # fmt: skip
     parser.add_argument(
         "--gram", action="store_true",
@@ -204,10 +204,10 @@ def _plan() -> Parser:
 
 def _inspect() -> Parser:
     parser = Parser(
-        "qcompile inspect", "MODEL.onnx [options]",
+        "qcompile inspect", "MODEL.onnx|FILE.stats [options]",
         "Says what a model is: inputs, outputs, operators, weights, whether it is quantized.",
     )  # fmt: skip
-    parser.add_argument("model", metavar="MODEL.onnx", help="any ONNX model")
+    parser.add_argument("model", metavar="MODEL.onnx", help="any ONNX model, or statistics")
     _add_manners(parser)
     return parser
 

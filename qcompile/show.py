@@ -19,9 +19,20 @@ _TENSORS = 12  # of a calibration
 SHOWN = "mse"  # the range method whose ranges are shown
 
 
+class _Console(Console):
+    """A console whose reader may leave early."""
+
+    def __init__(self) -> None:
+        super().__init__(highlight=False, soft_wrap=True)
+
+    def on_broken_pipe(self) -> None:
+        """Raises: BrokenPipeError, where rich would end the program."""
+        raise BrokenPipeError
+
+
 def show_result(result: Result) -> None:
     """The result as a short table a person understands."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = _Console()
     style = "green" if result.exit_code == 0 else "red"
     console.print(f"[{style}]{escape(result.verdict())}[/]")
     if result.output:
@@ -91,7 +102,7 @@ def _show_slices(console: Console, outputs: list[dict[str, Any]]) -> None:
 
 def show_outputs(facts: Mapping[str, Any]) -> None:
     """The table of `qcompile verify`."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = _Console()
     _show_slices(console, facts["outputs"])
     console.print(f"{facts['samples']} sample{'s' * (facts['samples'] != 1)}")
     for sentence in facts["warnings"]:
@@ -100,25 +111,23 @@ def show_outputs(facts: Mapping[str, Any]) -> None:
 
 def show_calibration(facts: Mapping[str, Any], model: str) -> None:
     """What statistics hold: the tensors whose values spread most first."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = _Console()
     console.print(
-        f"{len(facts['tensors'])} tensors over {facts['samples']} samples of {escape(facts['model'])}"
+        f"{len(facts['tensors'])} tensors of {escape(facts['model'])}, {facts['samples']} sample"
+        + "s" * (facts["samples"] != 1)
         + (f", {facts['skipped']} bad ones left out" if facts["skipped"] else "")
     )
     for shard in facts["data"]:
-        console.print(f"  {shard['samples']} of {escape(shard['description'])}")
-    table = Table(show_edge=False, pad_edge=False)
-    for title in ("seen", "deviation", "zeros", f"range by {SHOWN}"):
-        table.add_column(title, justify="right")
-    table.add_column("tensor, widest spread first", no_wrap=True)
+        console.print(f"  {shard['samples']} from {escape(shard['description'])}")
     ranked = sorted(facts["tensors"], key=lambda row: -(row["spread"] or 0.0))
+    line = "{:>20} {:>9} {:>5} {:>20}  {}".format
+    console.print(line("seen", "deviation", "zeros", f"by {SHOWN}", "tensor, widest spread first"))
     for row in ranked[:_TENSORS]:
         low, high = row["ranges"][SHOWN]
-        table.add_row(
-            f"{row['min']:.4g} .. {row['max']:.4g}", _or_dash(row["deviation"], ".3g"),
-            _or_dash(row["zeros"], ".0%"), f"{low:.4g} .. {high:.4g}", escape(row["name"]),
-        )  # fmt: skip
-    console.print(table)
+        seen = f"{row['min']:.4g} .. {row['max']:.4g}"
+        deviation, zeros = _or_dash(row["deviation"], ".3g"), _or_dash(row["zeros"], ".0%")
+        text = line(seen, deviation, zeros, f"{low:.4g} .. {high:.4g}", row["name"])
+        console.print(text, markup=False)
     if len(ranked) > _TENSORS:
         console.print(
             f"  ... and {len(ranked) - _TENSORS} more (--json has all, and the ranges by every method)"
@@ -131,7 +140,7 @@ def show_calibration(facts: Mapping[str, Any], model: str) -> None:
         console.print(
             f"wrote {escape(facts['output'])}: {facts['held_out']} held-out samples are in it, for judging"
         )
-        data = "" if facts["held_out"] else " --data SAMPLES"
+        data = "" if facts["held_out"] else " --data OTHER_SAMPLES"
         command = shlex.join(["qcompile", model, "--stats", facts["output"]])
         console.print(f"next: {escape(command + data)}")
 
@@ -142,7 +151,7 @@ def _or_dash(value: float | None, how: str) -> str:
 
 def show_plan(plan: Plan, model: str, output: Path | None) -> None:
     """The plan, one node a line, and how to go on if it was written."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = _Console()
     console.print(plan.show(), markup=False)
     if output is not None:
         command = shlex.join(["qcompile", model, "--plan", str(output)])
@@ -151,7 +160,7 @@ def show_plan(plan: Plan, model: str, output: Path | None) -> None:
 
 def show_targets(facts: Mapping[str, Any]) -> None:
     """The targets, one a line."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = _Console()
     for row in facts["targets"]:
         mark = "*" if row["this_machine"] else " "
         console.print(f"{mark} {row['name']:<20} {row['title']}", markup=False)
@@ -160,7 +169,7 @@ def show_targets(facts: Mapping[str, Any]) -> None:
 
 def show_table(facts: Mapping[str, Any], indent: int = 0) -> None:
     """Any nested table, one entry a line."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = _Console()
     pad = " " * indent
     for key, value in facts.items():
         if isinstance(value, Mapping):

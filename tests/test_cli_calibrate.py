@@ -52,7 +52,7 @@ def test_result_as_a_table(desk: Desk) -> None:
     done = gathered(desk, "--data", "d.npz")
     assert done.new == ["work/m.stats"]
     for part in (
-        "6 tensors over 8 samples of m.onnx\n", "8 of 1 .npz file of d.npz\n", "widest spread first", "range by mse",
+        "6 tensors of m.onnx, 8 samples\n", "8 from 1 .npz file of d.npz\n", "widest spread first", "by mse",
         "wrote m.stats: 2 held-out samples are in it", "next: qcompile m.onnx --stats m.stats\n",
     ):  # fmt: skip
         assert part in done.out
@@ -90,8 +90,8 @@ def test_the_same_bytes_each_time(desk: Desk) -> None:
 
 def test_none_held_out(desk: Desk) -> None:
     done = gathered(desk, "--data", "d.npz", "--held-out", "0")
-    assert "6 tensors over 10 samples" in done.out
-    assert "next: qcompile m.onnx --stats m.stats --data SAMPLES\n" in done.out
+    assert "6 tensors of m.onnx, 10 samples" in done.out
+    assert "next: qcompile m.onnx --stats m.stats --data OTHER_SAMPLES\n" in done.out
     assert "give the data with --data too." in desk.refused("m.onnx", "--stats", "m.stats")
     assert desk.run("m.onnx", "--stats", "m.stats", "--data", "d.npz").code == 0
 
@@ -110,8 +110,8 @@ def test_little_memory(desk: Desk) -> None:
 def test_merge(desk: Desk, shards: list[str]) -> None:
     done = gathered(desk, "--merge", *shards)
     assert done.new == ["work/m.stats"]
-    assert "6 tensors over 8 samples of m.onnx\n  5 of 1 .npz file of a.npz\n" in done.out
-    assert "  3 of 1 .npz file of b.npz\n" in done.out
+    assert "6 tensors of m.onnx, 8 samples\n  5 from 1 .npz file of a.npz\n" in done.out
+    assert "  3 from 1 .npz file of b.npz\n" in done.out
     assert "2 held-out samples are in it" in done.out
     assert table(desk, "--merge", *shards)["passes"] == 0
     assert desk.run("m.onnx", "--stats", "m.stats").code == 0
@@ -180,7 +180,7 @@ def test_skip_bad(bad: Desk) -> None:
     assert message.endswith("with --skip-bad.")
     done = bad.run(*words, "--skip-bad")
     assert done.code == 0
-    assert "over 7 samples of root.onnx, 2 bad ones left out\n" in done.out
+    assert "of root.onnx, 7 samples, 2 bad ones left out\n" in done.out
     assert "note: 2 bad samples were left out: tensor 'root' is NaN" in done.out
     assert json.loads(bad.run(*words, "--skip-bad", "--json").out)["skipped"] == 2
 
@@ -323,3 +323,39 @@ def test_what_is_read_is_never_overwritten(desk: Desk, shards: list[str]) -> Non
     assert "m.onnx is the model itself" in desk.refused("calibrate", "m.onnx", "--data", "d.npz", "-o", "m.onnx")  # fmt: skip
     gathered(desk, "--data", "d.npz")
     assert "m.stats is the statistics itself" in desk.refused("m.onnx", "--stats", "m.stats", "-o", "m.stats")  # fmt: skip
+
+
+# ---- what a new user ran into
+
+
+def test_skip_bad_takes_inputs_that_are_bad_themselves(desk: Desk) -> None:
+    data = samples()
+    data[3, 0, 0, 0] = np.nan
+    np.savez(desk / "nan.npz", x=data)
+    assert "holds NaN or infinity" in desk.refused("calibrate", "m.onnx", "--data", "nan.npz")
+    found = json.loads(
+        desk.run("calibrate", "m.onnx", "--data", "nan.npz", "--skip-bad", "--json").out
+    )
+    assert (found["samples"], found["skipped"]) == (7, 1)
+    assert "tensor 'x' is NaN at index [0, 0, 0, 0] for sample 3" in found["notes"][0]
+
+
+def test_a_file_that_holds_no_statistics_is_not_replaced(desk: Desk) -> None:
+    save(linear_net(), desk / "precious.onnx")
+    before = (desk / "precious.onnx").read_bytes()
+    message = desk.refused("calibrate", "m.onnx", "--data", "d.npz", "-o", "precious.onnx")
+    assert "precious.onnx exists and holds no statistics" in message
+    assert (desk / "precious.onnx").read_bytes() == before
+    gathered(desk, "--data", "d.npz")
+    gathered(desk, "--data", "d.npz")  # those of before are replaced
+
+
+def test_other_data_judges_what_all_samples_calibrated(desk: Desk) -> None:
+    np.savez(desk / "other.npz", x=samples()[:4] + np.float32(0.25))
+    gathered(desk, "--data", "d.npz", "--held-out", "0")
+    words = ["m.onnx", "--stats", "m.stats", "--json", "--data"]
+    found = json.loads(desk.run(*words, "other.npz").out)
+    assert found["samples"] == {"calibration": 10, "held_out": 1}
+    assert not any("both calibrate and judge" in note for note in found["notes"])
+    found = json.loads(desk.run(*words, "d.npz").out)
+    assert any("both calibrate and judge" in note for note in found["notes"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -35,13 +36,21 @@ class Data:
     `description` says in one line where they are from, `notes` what was guessed, a sentence each.
     """
 
-    def __init__(self, source: Source, inputs: Sequence[InputSpec], samples: int | None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        inputs: Sequence[InputSpec],
+        samples: int | None,
+        *,
+        finite: bool = True,
+    ) -> None:
         limit = "" if samples is None else f", at most {samples} samples"
         self.description = source.description + limit
         self.notes = source.notes
         self._source = source
+        self.manner = source.manner
         self._inputs = tuple(inputs)
-        self._samples = samples
+        self._samples, self._finite = samples, finite
 
     def __iter__(self) -> Iterator[Feed]:
         """Each feed in the order of the inputs and with their dtypes; arrays may be read-only.
@@ -52,7 +61,7 @@ class Data:
         empty = True
         for where, feed in islice(self._source.samples(), self._samples):
             empty = False
-            yield check_feed(feed, self._inputs, where)
+            yield check_feed(feed, self._inputs, where, finite=self._finite)
         if empty:
             raise DataError(f"{self.description}: there is no sample in it, give at least one.")
 
@@ -68,10 +77,12 @@ def open_data(
     options: DataOptions,
     *,
     normalizes: bool = False,
+    finite: bool = True,
 ) -> Data:
     """`source` as samples for a model with these inputs; the samples are checked when iterated.
 
-    With `normalizes` the graph itself scales pixels, so the guess is that it wants them raw.
+    With `normalizes` the graph itself scales pixels, so the guess is that it wants them raw. Unless `finite`, NaN
+    and infinities are no error here.
 
     Raises:
         RecipeError: an option is wrong or has no meaning for this model.
@@ -81,17 +92,17 @@ def open_data(
         raise RecipeError(f"--samples is {options.samples}: give 1 or more, or leave it out.")
     if not isinstance(source, (str, Path)):
         label = f"the Python {type(source).__name__}"
-        found = from_python(source, label, inputs, options.samples)
+        found = from_python(source, label, inputs, options.samples, finite=finite)
     elif Path(source).exists():
         found = _from_path(Path(source), inputs, options, normalizes=normalizes)
     elif isinstance(source, str) and source.partition(":")[2].isidentifier():  # not C:\data
-        found = from_python(call_function(source), source, inputs, options.samples)
+        found = from_python(call_function(source), source, inputs, options.samples, finite=finite)
     else:
         raise DataError(
             f"there is no calibration data at {str(source)!r}: give a file or folder that exists,"
             " or module:function."
         )
-    return Data(found, inputs, options.samples)
+    return Data(found, inputs, options.samples, finite=finite)
 
 
 def _from_path(
@@ -123,6 +134,7 @@ def _from_path(
             lambda: ((str(file), {spec.name: image(file)}) for file in files),
             lambda: len(files),
             image.notes,
+            str(dataclasses.replace(image, notes=())),
         )
     return Source(
         description,

@@ -42,18 +42,25 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class Source:
-    """Samples not yet checked: `samples()` starts a pass, always over the same ones."""
+    """Samples not yet checked: `samples()` starts a pass, always over the same ones.
+
+    `manner` tells how they are made of what is stored, where that can be done in several ways.
+    """
 
     description: str
     samples: Callable[[], Iterator[Sample]]
     count: Callable[[], int]
     notes: tuple[str, ...] = ()
+    manner: str = ""
 
 
-def check_feed(feed: object, inputs: Sequence[InputSpec], where: str) -> Feed:
+def check_feed(
+    feed: object, inputs: Sequence[InputSpec], where: str, *, finite: bool = True
+) -> Feed:
     """`feed` as arrays of the inputs' dtypes, in the order of the inputs.
 
-    An array without a name goes to the only required input. Arrays may share memory with `feed`.
+    An array without a name goes to the only required input. Arrays may share memory with `feed`. NaN and infinities
+    are let through unless `finite`.
 
     Raises:
         DataError: a name, shape, type or value does not fit; the sentence begins with `where`.
@@ -76,10 +83,13 @@ def check_feed(feed: object, inputs: Sequence[InputSpec], where: str) -> Feed:
     if missing:
         raise DataError(f"{where} lacks the required input {', '.join(missing)}: add the array.")
     given = [spec for spec in inputs if spec.name in feed]
-    return {spec.name: _fit(feed[spec.name], spec, f"{where}: {spec.name!r}") for spec in given}
+    return {
+        spec.name: _fit(feed[spec.name], spec, f"{where}: {spec.name!r}", finite=finite)
+        for spec in given
+    }
 
 
-def _fit(value: object, spec: InputSpec, place: str) -> NDArray[Any]:
+def _fit(value: object, spec: InputSpec, place: str, *, finite: bool) -> NDArray[Any]:
     """`value` as an array of the input's dtype."""
     try:
         array: NDArray[Any] = np.asarray(value)
@@ -100,12 +110,12 @@ def _fit(value: object, spec: InputSpec, place: str) -> NDArray[Any]:
         kind = "mixed objects"
     if kind != _kind(spec.dtype):
         raise DataError(f"{place} holds {array.dtype}, the model wants {spec}: convert the array.")
-    if kind == "float" and not np.isfinite(array).all():
+    if finite and kind == "float" and not np.isfinite(array).all():
         first = np.argwhere(~np.isfinite(array))[0].tolist()
         raise DataError(f"{place} holds NaN or infinity, first at {first}: correct the sample.")
     with np.errstate(over="ignore"):
         result: NDArray[Any] = np.asarray(array, dtype=spec.dtype, order="C")
-    held = np.isfinite(result) if kind == "float" else result == array
+    held = np.isfinite(result) | ~np.isfinite(array) if kind == "float" else result == array
     if not held.all():
         low, high = array.min(), array.max()
         raise DataError(

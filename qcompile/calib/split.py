@@ -62,20 +62,21 @@ class Samples:
     """
 
     def __init__(self, data: Sized, most_held_out: int | None = None) -> None:
-        """With `most_held_out` at most so many samples are held out; with 0 all calibrate.
+        """With `most_held_out` so many samples are held out, half of all at most; with 0 all calibrate.
 
         Raises:
             DataError: there are no samples.
         """
         self._data = data
         self.description = getattr(data, "description", type(data).__name__)
+        self.manner: str = getattr(data, "manner", "")
         self.count = len(data)
         if self.count == 0:
             raise DataError(
                 "the calibration data holds no samples: check the source given with --data."
             )
         held = 1 if self.count < 10 else min(MOST_HELD_OUT, self.count // 5)
-        held = held if most_held_out is None else min(held, most_held_out)
+        held = held if most_held_out is None else min(most_held_out, max(1, self.count // 2))
         self._all_calibrate = self.count == 1 or most_held_out == 0
         if self.count == 1 and most_held_out != 0:
             self._held = {0}

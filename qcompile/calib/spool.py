@@ -49,7 +49,12 @@ def call_function(source: str) -> object:
 
 
 def from_python(
-    source: object, label: str, inputs: Sequence[InputSpec], samples: int | None
+    source: object,
+    label: str,
+    inputs: Sequence[InputSpec],
+    samples: int | None,
+    *,
+    finite: bool = True,
 ) -> Source:
     """Lists are read in place; all else is spooled, as it may be one-shot or shuffled."""
     if isinstance(source, np.ndarray):
@@ -70,7 +75,7 @@ def from_python(
             f"{label} is no calibration data: give a path, an iterable of feeds (dicts of arrays"
             " by input name), or a reader with get_next()."
         )
-    spool = _Spool(_pull(source, label), inputs, samples)
+    spool = _Spool(_pull(source, label), inputs, samples, finite=finite)
     return Source(label, spool.samples, spool.count)
 
 
@@ -99,10 +104,15 @@ class _Spool:
     """Samples of a one-shot source, each kept in a temporary folder from when it is first reached."""
 
     def __init__(
-        self, samples: Iterator[Sample], inputs: Sequence[InputSpec], limit: int | None
+        self,
+        samples: Iterator[Sample],
+        inputs: Sequence[InputSpec],
+        limit: int | None,
+        *,
+        finite: bool = True,
     ) -> None:
         self._pending = islice(samples, limit)
-        self._inputs = tuple(inputs)
+        self._inputs, self._finite = tuple(inputs), finite
         self._kept: list[tuple[str, list[str]]] = []  # place and names of each sample there
         self._error: DataError | None = None  # what ended the source; every pass must meet it
         self._folder = Path(tempfile.mkdtemp(prefix="qcompile-"))
@@ -128,7 +138,7 @@ class _Spool:
             raise self._error
         try:
             for where, feed in self._pending:
-                names = self._keep(check_feed(feed, self._inputs, where))
+                names = self._keep(check_feed(feed, self._inputs, where, finite=self._finite))
                 self._kept.append((where, names))
                 return True
         except DataError as error:

@@ -19,11 +19,15 @@ SUFFIX = ".stats"
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Data that statistics were gathered on: what it was, the digest of all its feeds, how many calibrated."""
+    """Data that statistics were gathered on: what it was, the digest of all its feeds, how many calibrated.
+
+    `manner` tells how samples were made of what was stored: the preprocessing of images.
+    """
 
     description: str
     digest: str
     samples: int
+    manner: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +138,11 @@ def merge(parts: Sequence[tuple[str, Statistics]], *, force: bool = False) -> St
     for name, part in others:
         mismatches += check_model(part, name, first.key.model, f"{first.key.title} of {first_name}")
         mismatches += check_versions(part, name, first.key.versions)
+        manners = [s.manner for p in (first, part) for s in p.key.shards if s.manner]
+        if len(set(manners)) > 1:
+            mismatches.append(
+                f"the images of {first_name} and of {name} were not read alike: {manners[0]}, and {manners[-1]}"
+            )
         if part.tensors.keys() != first.tensors.keys():
             odd = min(part.tensors.keys() ^ first.tensors.keys())
             raise DataError(

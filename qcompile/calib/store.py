@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcompile.calib.histogram import SIGN, Histogram, Window
-from qcompile.calib.statistics import Key, Shard, Statistics
+from qcompile.calib.statistics import SUFFIX, Key, Shard, Statistics
 from qcompile.calib.stats import Channels, Extremes, TensorStats
 from qcompile.errors import DataError
 from qcompile.graph import io
@@ -66,6 +66,15 @@ def save(found: Statistics, path: Path) -> None:
             for feed in listed:
                 for _, member, array in feed:
                     _write(archive, f"{member}.npy", _npy(array), packed=False)
+
+
+def is_statistics(path: Path) -> bool:
+    """Whether a file looks like one of statistics, damaged or not."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _TEXT in archive.namelist()
+    except (OSError, zipfile.BadZipFile, ValueError):
+        return path.suffix == SUFFIX
 
 
 def load(path: Path) -> Statistics:

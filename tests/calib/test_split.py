@@ -174,7 +174,17 @@ def test_the_first_of_stored_samples() -> None:
 
 @pytest.mark.parametrize(
     ("count", "most", "held"),
-    [(1, 0, 0), (1, 1, 1), (1, 9, 1), (2, 0, 0), (30, 0, 0), (30, 1, 1), (30, 4, 4), (30, 99, 6)],
+    [
+        (1, 0, 0),
+        (1, 1, 1),
+        (1, 9, 1),
+        (2, 0, 0),
+        (30, 0, 0),
+        (30, 1, 1),
+        (30, 4, 4),
+        (30, 9, 9),
+        (30, 99, 15),
+    ],
 )
 def test_at_most_so_many_are_held_out(count: int, most: int, held: int) -> None:
     samples = Samples(Source(count), most)
@@ -187,8 +197,9 @@ def test_at_most_so_many_are_held_out(count: int, most: int, held: int) -> None:
     assert numbers(samples.held_out()) == samples.held_out_numbers
 
 
-def test_most_that_are_ever_held_out() -> None:
-    assert Samples(Source(1000), 1000).held_out_count == MOST_HELD_OUT
+def test_most_that_are_held_out_unasked() -> None:
+    assert Samples(Source(1000)).held_out_count == MOST_HELD_OUT
+    assert Samples(Source(1000), 1000).held_out_count == 500
 
 
 # ---- bad samples

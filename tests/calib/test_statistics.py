@@ -298,3 +298,19 @@ def test_settle() -> None:
         DataError, match=r"^a\. Gather anew, or use it all the same with --force\.$"
     ):
         settle(["a", "b"], force=False)
+
+
+def test_images_that_were_read_in_another_way(statistics_of_images: list[Statistics]) -> None:
+    one, other = statistics_of_images
+    with pytest.raises(DataError, match="were not read alike: A, and B"):
+        merge([("a", one), ("b", other)])
+    assert merge([("a", one), ("b", other)], force=True).forced
+
+
+@pytest.fixture
+def statistics_of_images() -> list[Statistics]:
+    def made(digest: str, manner: str) -> Statistics:
+        key = Key("m", "m.onnx", (Shard("images", digest, 1, manner),), {})
+        return Statistics(key, {}, 1)
+
+    return [made("1", "A"), made("2", "B")]

@@ -213,7 +213,7 @@ def test_numpy_and_json_read_it_without_pickle(tmp_path: Path) -> None:
     assert text["format"] == store.FORMAT
     assert [row["name"] for row in text["tensors"]] == ["t", "empty"]
     assert text["key"]["shards"] == [
-        {"description": "2 feeds", "digest": "b" * 64, "samples": 2},
+        {"description": "2 feeds", "digest": "b" * 64, "samples": 2, "manner": ""},
     ]
 
 

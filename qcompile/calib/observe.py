@@ -1,9 +1,9 @@
 """Runs the float model on the calibration samples and keeps statistics of chosen tensors.
 
-Samples run side by side, one a core and each on a single thread: that is faster than one sample on all
-cores, and sums come out the same however many cores there are. What a run leaves is folded into
-statistics of fixed size, in the order of the samples. If the outputs of the runs would exceed the memory
-allowed, tensors are observed in groups, one pass over the data a group.
+Samples run side by side, one a core and each on a single thread: that is faster than one sample on all cores. What
+a run leaves is folded into statistics of fixed size, in the order of the samples. If the outputs of the
+runs would exceed the memory allowed, fewer run side by side, and then tensors are observed in groups, one pass over
+the data a group.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Settings:
 
     Attributes:
         memory: bytes that the outputs of the runs side by side may take, as far as one tensor allows.
-        workers: runs side by side; 0: one a core.
+        workers: runs side by side, each on one thread, or threads of a run where memory allows but one; 0: one a
+            core.
         skip_bad: samples that make NaN or an unexpected infinity are left out, not an error.
         allow_all_bad: it is no error if no sample is good.
         infinite: tensors whose infinities belong to the model; None: those that have some in the first sample.
@@ -98,10 +99,8 @@ def observe(
         run = _Pass(model, groups[number], facts, settings, workers, bad)
         before = len(bad)
         run.run(samples, lambda number=number: tick(number, len(groups)))  # type: ignore[misc]
-        if (
-            len(bad) > before and number
-        ):  # what was found here must not count in passes before, either
-            made = []
+        if len(bad) > before and number:
+            made = []  # what was found here must not count in passes before, either
         else:
             made.append(run)
     tensors = {name: stats for run in made for name, stats in run.tensors.items()}
@@ -146,7 +145,8 @@ class _Pass:
         self.tensors = {need.tensor: TensorStats() for need in needs}
         self.samples = 0
         self._settings, self._workers, self._bad = settings, workers, bad
-        self._runner = Runner(model, needs, facts, counted=settings.counted, workers=workers)
+        threads = 1 if workers > 1 else settings.workers  # alone, a run takes all that there are
+        self._runner = Runner(model, needs, facts, counted=settings.counted, threads=threads)
         self._exact = Exact(self._runner, masks=has_masks(model), infinite=settings.infinite or ())
 
     def run(

@@ -111,11 +111,11 @@ class Runner:
 
     def __init__(
         self, model: ir.Model, needs: Sequence[Need], facts: Mapping[str, Fact], *, counted: int,
-        workers: int, whole: bool = False,
+        threads: int, whole: bool = False,
     ) -> None:  # fmt: skip
-        """With `whole` nothing is reduced in the graph."""
+        """With `whole` nothing is reduced in the graph. A run takes `threads` threads, 0: ORT's choice."""
         self.model, self.needs, self.facts = model, needs, facts
-        self.counted, self.workers, self._whole = counted, workers, whole
+        self.counted, self.threads, self._whole = counted, threads, whole
         self._lock = threading.Lock()
         self._trials = 0
         self._loaded: dict[bool, _Loaded] = {}
@@ -164,10 +164,8 @@ class Runner:
                 made, taps = tapped(
                     self.model, self.needs, self.facts, whole=self._whole, shapes=told
                 )
-                # Alone, a run takes all cores.
-                threads = 1 if self.workers > 1 else 0
                 self._loaded[told] = _Loaded(
-                    made, taps, threads, pattern=_has_fixed_shapes(self.model)
+                    made, taps, self.threads, pattern=_has_fixed_shapes(self.model)
                 )
             return self._loaded[told]
 
@@ -230,7 +228,7 @@ class Exact:
             if self._runner is None:
                 quick = self._quick
                 self._runner = Runner(
-                    quick.model, quick.needs, quick.facts, counted=quick.counted, workers=quick.workers,
+                    quick.model, quick.needs, quick.facts, counted=quick.counted, threads=quick.threads,
                     whole=True,
                 )  # fmt: skip
         found = Found([], [])

@@ -68,7 +68,7 @@ def test_which_models_may_run_several(inputs: str, small: bool, together: bool) 
 
 def runner() -> Runner:
     facts = probe(ROWS, samples(1)[0][1])
-    return Runner(ROWS, list(needs("x", "a", "y").values()), facts, counted=4096, workers=2)
+    return Runner(ROWS, list(needs("x", "a", "y").values()), facts, counted=4096, threads=1)
 
 
 def test_together_if_proved(monkeypatch: pytest.MonkeyPatch) -> None:

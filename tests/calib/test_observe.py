@@ -11,6 +11,7 @@ import pytest
 from rewrites import parse
 from statistic import F32, NAMES, NET, Feed, assert_same, by_hand, counts, feeds, needs, watch
 
+from qcompile.calib import reading
 from qcompile.calib.fold import fold
 from qcompile.calib.histogram import Histogram
 from qcompile.calib.observe import Settings, observe
@@ -274,3 +275,22 @@ def test_infinities_are_trusted_in_the_first_good_sample_only() -> None:
         found = observe(LOG, needs("b"), samples.__iter__, {}, Settings(skip_bad=True))
         assert [bad.sample for bad in found.bad] == [i for i, n in enumerate(order) if n != "good"]
         assert found.tensors["b"].bounded
+
+
+@pytest.mark.parametrize(
+    ("workers", "memory", "threads"), [(1, 1 << 20, 1), (2, 1 << 20, 1), (2, 6 * 432, 2), (0, 1, 0)]
+)
+def test_threads_of_a_run(
+    workers: int, memory: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One each while several run; alone, all that were allowed."""
+    seen: set[int] = set()
+    true = reading.Options
+
+    def options(level: str, number: int, **more: bool) -> reading.Options:
+        seen.add(number)
+        return true(level, number, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(reading, "Options", options)
+    watch(feeds(3), workers=workers, memory=memory)
+    assert seen == {threads}

@@ -16,8 +16,9 @@ from qcompile.keep import unmet
 from qcompile.opened import open_model
 from qcompile.plan.plan import Form, Plan
 from qcompile.progress import Progress, Silent
-from qcompile.recipe import Recipe
+from qcompile.recipe import Recipe, load_recipe
 from qcompile.report import Result, check_folder
+from qcompile.verify.metric import load_metric
 from qcompile.workshop import Workshop
 
 
@@ -66,7 +67,11 @@ def compile_model(
     place = finish.output_path(model, output, {**paths, "the tokenizer": tokenizer})
     if report is not None:
         check_folder(Path(report))
-    opened = open_model(model, data, recipe, target, show, stats=stats, force=force)
+    chosen = load_recipe(recipe)
+    metric = None
+    if chosen.metric is not None:
+        metric = load_metric(chosen.metric, lower_is_better=chosen.lower_is_better)
+    opened = open_model(model, data, chosen, target, show, stats=stats, force=force)
     request = opened.request(plan)
     shop = Workshop(
         opened.prepared,
@@ -90,5 +95,5 @@ def compile_model(
     request = dataclasses.replace(request, only=calibrated)
     draft = shop.plan(request)
     opened.notes.extend(unmet(request.forms, draft))
-    best, history = search.find_best(shop, request, draft, opened)
+    shop, best, history = search.find_best(shop, request, draft, opened, metric)
     return finish.finish(opened, shop, best, history, place, report, start, show)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shlex
 import sys
 import time
@@ -12,7 +13,9 @@ from typing import Any
 
 import onnx_ir as ir
 
+from qcompile.budget import pareto
 from qcompile.errors import ModelError, OutputError
+from qcompile.figure import draw_points
 from qcompile.graph import io
 from qcompile.opened import Opened
 from qcompile.plan.candidates import Candidate
@@ -107,7 +110,7 @@ def finish(
     after = _size(place, best.model)
     speedup = min(row["speedup"] for row in feeds)
     warnings = [*history.warnings, *_warnings(opened, shop, best, deployed, kernels)]
-    code, reason = _exit_code(shop, best, deployed, kernels, speedup, opened)
+    code, reason = _exit_code(shop, best, deployed, kernels, speedup, opened, history)
     if reason:
         warnings.insert(0, reason)
     worst = min(feeds, key=lambda row: row["speedup"])
@@ -125,10 +128,24 @@ def finish(
                  "held_out": opened.samples.held_out_count if opened.samples else 0},
         warnings=warnings, notes=[*opened.notes, *history.notes], next_command=_next(opened, best, code),
         exit_code=code, goal_missed=_goal_missed(shop, best, deployed), plan=[dataclasses.asdict(e) for e in best.plan.nodes],
+        search=_search(history),
     )  # fmt: skip
     if report is not None:
         _write_report(Path(report), result, best)
     return result
+
+
+def _search(history: History) -> dict[str, Any] | None:
+    """The points that were measured against limits; None without limits."""
+    if history.budget is None:
+        return None
+    limits = {
+        k: v for k, v in vars(history.budget).items() if isinstance(v, float) and math.isfinite(v)
+    }
+    return {
+        "limits": limits, "points": [point.to_dict() for point in history.points],
+        "pareto": pareto(history.points),
+    }  # fmt: skip
 
 
 def _calibrated(opened: Opened) -> int:
@@ -196,7 +213,7 @@ def _warnings(
 
 def _goal_missed(shop: Workshop, best: Attempt, deployed: Comparison) -> float | None:
     goal = shop.recipe.sqnr_goal
-    asked = goal > 0 and shop.recipe.min_sqnr is None and best.plan.quantizes
+    asked = goal > 0 and not shop.recipe.limited and best.plan.quantizes
     return goal if asked and deployed.worst_db < goal else None
 
 
@@ -207,13 +224,12 @@ def _exit_code(
     kernels: Kernels,
     speedup: float,
     opened: Opened,
+    history: History,
 ) -> tuple[int, str]:
-    limit = shop.recipe.min_sqnr
-    if limit is not None and deployed.worst_db < limit:
-        return (
-            INACCURATE,
-            f"the worst output slice has {deployed.worst_db:.1f} dB SQNR, the limit is {limit:g} dB.",
-        )
+    if history.points and history.points[-1].misses:
+        told = "; ".join(history.points[-1].misses)
+        accurate = told.startswith(("the size", "the latency"))
+        return INACCURATE, f"{told}. {'' if accurate else history.blame}".strip()
     if deployed.problems():
         return INACCURATE, deployed.problems()[0]
     if not best.plan.quantizes:
@@ -301,6 +317,8 @@ def _write_report(folder: Path, result: Result, best: Attempt) -> None:
             ("plan.json", best.plan.to_json()),
         ):
             (folder / name).write_text(text, "utf-8")
+        if result.search is not None:
+            draw_points(result.search, folder / "pareto.png")
     except OSError as error:
         raise OutputError(
             f"the report could not be written to {folder}: {error.strerror}."

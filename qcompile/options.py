@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from qcompile.errors import RecipeError, nearest
-from qcompile.version import __version__
+from qcompile.words import (
+    RANGES,
+    Parser,
+    above_zero,
+    add_choice,
+    at_least,
+    byte_count,
+    image_size,
+    limit,
+    number,
+    number_list,
+    range_method,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from qcompile.recipe import Recipe
 
 _IMAGE = ("size", "resize", "crop", "mean", "std", "scale", "layout", "color")
 _DATA = ("samples", "tokenizer", "max_tokens")
-_OWN = ("ranges", "target", "threads", "format", "sqnr_goal", "min_sqnr", "memory", "skip_bad")
+_OWN = (
+    "ranges", "target", "threads", "format", "sqnr_goal", "min_sqnr", "memory", "skip_bad", "max_drop", "metric",
+    "lower_is_better", "max_size", "max_latency", "objective", "search_time", "equalize", "smooth", "rounding",
+)  # fmt: skip
 
-_RANGES = ("auto", "minmax", "mean", "moving-average", "percentile", "mse", "kl")
 
 _TEXT = """Makes a quantized (INT8) copy of an ONNX model that is smaller and runs faster in ONNX Runtime
 on a CPU, compares it with the original on your data, times both, and says what it found."""
@@ -34,6 +45,7 @@ _EXAMPLES = """
 examples:
   qcompile model.onnx --data samples/      writes model.int8.onnx, scales taken from the samples
   qcompile model.onnx                      without data only MatMul, Gemm, LSTM and GRU are quantized
+  qcompile model.onnx --data samples/ --max-drop 0.5% --metric my_eval:accuracy
   qcompile model.onnx --data photos/ --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225
 
 other commands, each with --help:
@@ -47,44 +59,8 @@ other commands, each with --help:
 exit codes:
   0  good
   2  the input or the command is wrong; nothing was written
-  3  an output is less accurate than --min-sqnr, or has lost its information
+  3  a limit is missed, or an output has lost its information
   4  the result is not faster, or not fused as planned; it is still written"""
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that raises one sentence where argparse ends the process."""
-
-    def __init__(self, prog: str, words: str, description: str, epilog: str = "") -> None:
-        super().__init__(
-            prog=prog, usage=f"{prog} {words}".rstrip(), description=description, epilog=epilog,
-            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
-        self.add_argument("--version", action="version", version=f"qcompile {__version__}")
-
-    def error(self, message: str) -> NoReturn:
-        """Raises: RecipeError, always."""
-        text = message.removeprefix("argument ").replace(
-            ": expected one argument", " needs a value"
-        )
-        missing = text.removeprefix("the following arguments are required: ")
-        if missing != text:
-            text = f"{missing.replace(', ', ' and ')} is missing"
-        raise RecipeError(f"{text}: see `{self.prog} --help`.")
-
-    def read(self, words: Sequence[str]) -> argparse.Namespace:
-        """The values that `words` give.
-
-        Raises:
-            RecipeError: a word is unknown, missing, or no value of its option.
-        """
-        args, unknown = self.parse_known_args(words)
-        if not unknown:
-            return args
-        option = unknown[0].partition("=")[0]
-        if option.startswith("-"):
-            hint = nearest(option, self._option_string_actions)
-            raise RecipeError(f"there is no option {option}: see `{self.prog} --help`.{hint}")
-        raise RecipeError(f"{unknown[0]!r} is one word too many: see `{self.prog} --help`.")
 
 
 def parser_of(command: str) -> Parser:
@@ -133,13 +109,11 @@ def _compile() -> Parser:
     _add_choices(parser)
     group = parser.add_argument_group("what is accepted")
     group.add_argument(
-        "--sqnr-goal", type=_number, metavar="DB",
+        "--sqnr-goal", type=number, metavar="DB",
         help="leave the most harmful nodes float until every output has this many decibels between"
         " signal and error (18; 0: never)",
     )  # fmt: skip
-    group.add_argument(
-        "--min-sqnr", type=_number, metavar="DB", help="exit with 3 if an output has less"
-    )
+    _add_limits(parser)
     group = parser.add_argument_group("what is told")
     group.add_argument(
         "--report", type=Path, metavar="DIR",
@@ -147,6 +121,39 @@ def _compile() -> Parser:
     )  # fmt: skip
     _add_manners(group)
     return parser
+
+
+def _add_limits(parser: Parser) -> None:
+    group = parser.add_argument_group(
+        "limits",
+        "The fastest result within them is searched for; if there is none, the nearest one, and exit code 3.",
+    )
+    group.add_argument(
+        "--max-drop", type=limit("--max-drop"), metavar="X",
+        help="how much worse than the float model it may be: 0.5%% of its metric, or a number in the metric's"
+        " unit; without --metric the share of decisions that change (of the cosine that is lost, where an"
+        " output holds no scores of classes)",
+    )  # fmt: skip
+    group.add_argument(
+        "--metric", metavar="MODULE:FUNCTION",
+        help="your metric: a function of an onnxruntime.InferenceSession that returns a number, or one a sample",
+    )  # fmt: skip
+    group.add_argument(
+        "--lower-is-better", action="store_true", default=None, help="of that metric"
+    )
+    group.add_argument(
+        "--min-sqnr", type=number, metavar="DB", help="decibels that every output slice must have"
+    )
+    group.add_argument(
+        "--max-size", type=limit("--max-size", "MB"), metavar="MB|P%", help="size of the file"
+    )
+    group.add_argument(
+        "--max-latency", type=limit("--max-latency", "ms"), metavar="MS|P%", help="time of one run"
+    )
+    add_choice(group, "--objective", ("fastest", "smallest"), "what is best within the limits")
+    group.add_argument(
+        "--search-time", type=above_zero, metavar="S", help="seconds that the search may take (60)"
+    )
 
 
 def _calibrate() -> Parser:
@@ -167,7 +174,7 @@ def _calibrate() -> Parser:
         help="statistics of other samples of the same model, to be joined in this order, before --data",
     )  # fmt: skip
     parser.add_argument(
-        "--held-out", type=_at_least(0), metavar="N",
+        "--held-out", type=at_least(0), metavar="N",
         help="samples that are kept out of the statistics and stored with them, to judge results on (every"
         " fifth, 24 at most; at most half if given; 0: all calibrate, --stats then needs other --data)",
     )  # fmt: skip
@@ -221,7 +228,7 @@ def _verify() -> Parser:
     _add_pair(parser)
     _add_data(parser, "samples to compare on; without it one made-up input")
     parser.add_argument(
-        "--min-sqnr", type=_number, metavar="DB", help="exit with 3 if an output has less"
+        "--min-sqnr", type=number, metavar="DB", help="exit with 3 if an output has less"
     )
     _add_manners(parser)
     return parser
@@ -236,7 +243,7 @@ def _bench() -> Parser:
     _add_pair(parser)
     _add_data(parser, "samples to run; without it one made-up input")
     parser.add_argument(
-        "--seconds", type=_above_zero, default=3.0, metavar="S", help="how long it takes (3)"
+        "--seconds", type=above_zero, default=3.0, metavar="S", help="how long it takes (3)"
     )
     _add_manners(parser)
     return parser
@@ -277,11 +284,11 @@ def _add_choices(parser: Parser) -> None:
         "--target", metavar="NAME|FILE", help="machine to compile for (auto: this one)"
     )
     group.add_argument(
-        "--ranges", type=_ranges, metavar="|".join(_RANGES),
+        "--ranges", type=range_method, metavar="|".join(RANGES),
         help="how ranges of activations are chosen (auto: several are tried on held-out samples;"
         " percentile:99.9 keeps so many percent of the values)",
     )  # fmt: skip
-    _add_choice(
+    add_choice(
         group, "--format", ("auto", "qdq", "fused"),
         "qdq runs in every ONNX runtime, fused only in ONNX Runtime (auto: the faster)",
     )  # fmt: skip
@@ -293,108 +300,47 @@ def _add_choices(parser: Parser) -> None:
     group.add_argument(
         "--plan", type=Path, metavar="FILE", help="an edited plan of `qcompile plan -o FILE`"
     )
+    for name, what in (
+        ("equalize", "do not fold scales of channels into the weights of convolutions"),
+        ("smooth", "do not move scales of the inputs of products to their weights (SmoothQuant)"),
+        ("rounding", "do not search the rounding of weights"),
+    ):
+        group.add_argument(f"--no-{name}", dest=name, action="store_false", default=None, help=what)
 
 
 def _add_data(parser: Parser, what: str) -> None:
     parser.add_argument("--data", metavar="SOURCE", help=f"{what}; see below")
     parser.add_argument(
-        "--threads", type=_at_least(0), metavar="N", help="threads of a run (0: ORT's choice)"
+        "--threads", type=at_least(0), metavar="N", help="threads of a run (0: ORT's choice)"
     )
     group = parser.add_argument_group("how data is read")
-    group.add_argument("--samples", type=_at_least(1), metavar="N", help="only the first N samples")
+    group.add_argument("--samples", type=at_least(1), metavar="N", help="only the first N samples")
     group.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json, for text")
     group.add_argument(
-        "--max-tokens", type=_at_least(1), metavar="N", help="longest text, in tokens (128)"
+        "--max-tokens", type=at_least(1), metavar="N", help="longest text, in tokens (128)"
     )
-    group.add_argument("--size", type=_size, metavar="HxW", help="size of images, as 224x224")
+    group.add_argument("--size", type=image_size, metavar="HxW", help="size of images, as 224x224")
     group.add_argument(
-        "--resize", type=_at_least(1), metavar="N", help="short side of images before the crop"
+        "--resize", type=at_least(1), metavar="N", help="short side of images before the crop"
     )
-    _add_choice(group, "--crop", ("center", "none"), "cut to the size, or stretch to it")
+    add_choice(group, "--crop", ("center", "none"), "cut to the size, or stretch to it")
     numbers = "subtracted from the scaled pixels", "divides them after that"
     for name, help_text in zip(("--mean", "--std"), numbers, strict=True):
-        group.add_argument(name, type=_numbers, metavar="R,G,B", help=help_text)
+        group.add_argument(name, type=number_list, metavar="R,G,B", help=help_text)
     group.add_argument(
-        "--scale", type=_number, metavar="X", help="multiplies pixels 0..255, as 0.00392"
+        "--scale", type=number, metavar="X", help="multiplies pixels 0..255, as 0.00392"
     )
-    _add_choice(group, "--layout", ("nchw", "nhwc"), "where the channels of the input are")
-    _add_choice(group, "--color", ("rgb", "bgr", "gray"), "order of the channels")
+    add_choice(group, "--layout", ("nchw", "nhwc"), "where the channels of the input are")
+    add_choice(group, "--color", ("rgb", "bgr", "gray"), "order of the channels")
 
 
 def _add_calibration(parser: Parser) -> None:
     group = parser.add_argument_group("calibration")
     group.add_argument(
-        "--memory", type=_bytes, metavar="SIZE",
+        "--memory", type=byte_count, metavar="SIZE",
         help="what observed tensors may take, as 512MB; with less the data is read more often (256MB)",
     )  # fmt: skip
     group.add_argument(
         "--skip-bad", action="store_true", default=None,
         help="leave out samples for which the float model makes NaN or infinities",
     )  # fmt: skip
-
-
-def _ranges(text: str) -> str:
-    if text not in _RANGES and not text.startswith("percentile:"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(_RANGES)}")
-    return text
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)i?b?", text.strip().lower())
-    size = 0 if match is None else int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512MB or 2GB")
-    return size
-
-
-def _add_choice(
-    parser: argparse._ActionsContainer, name: str, known: Sequence[str], help_text: str
-) -> None:
-    def choice(text: str) -> str:
-        if text not in known:
-            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(known)}")
-        return text
-
-    parser.add_argument(name, type=choice, metavar="|".join(known), help=help_text)
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.removeprefix("-").isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
-        return int(text)
-
-    return number
-
-
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
-    return value
-
-
-def _above_zero(text: str) -> float:
-    value = _number(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def _size(text: str) -> tuple[int, int]:
-    parts = text.lower().split("x")
-    if len(parts) not in (1, 2) or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 224x224")
-    return int(parts[0]), int(parts[-1])
-
-
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(map(_number, text.split(",")))
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a list of numbers such as 0.485,0.456,0.406"
-        ) from error

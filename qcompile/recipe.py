@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from qcompile.calib.data import DataOptions
 from qcompile.calib.observe import MEMORY
 from qcompile.calib.ranges import method
 from qcompile.errors import RecipeError, nearest
+from qcompile.limits import parse_limit
 from qcompile.table import fill, read_text, read_toml
 
 Format = Literal["auto", "qdq", "fused"]
@@ -37,6 +38,16 @@ class Recipe:
         sqnr_goal: decibels on held-out samples that the compiler tries to reach by leaving the most
             harmful nodes float, as long as the result stays faster than float; 0 turns it off.
         min_sqnr: decibels that must be reached; missing them is exit code 3. None: no limit.
+        max_drop: how much worse than the float model the result may be, `0.5%` of its value or a number in the
+            unit of `metric`; without a metric, the share of decisions that differ, or of the cosine that is lost.
+        metric: `module:function` or a function of an `onnxruntime.InferenceSession`, which scores it on labelled data.
+        lower_is_better: of the metric.
+        max_size, max_latency: limits in MB (10^6 bytes) and ms, or shares of the float model as `50%`.
+        objective: what is best among the results within the limits.
+        search_time: seconds that the search for a result within the limits may take.
+        equalize: fold scales of channels into the neighbouring weights of convolutions, where that helps.
+        smooth: the same for products, as SmoothQuant does, and side paths for outlier channels.
+        rounding: search the rounding of weights, layer by layer.
         threads: intra-op threads for all runs; 0 leaves it to ORT.
         memory: bytes that observed tensors may take while samples run; with less, the data is read more often.
         skip_bad: leave out samples for which the float model makes NaN or infinities, instead of failing.
@@ -58,6 +69,16 @@ class Recipe:
     weight_search: bool = False
     sqnr_goal: float = 18.0
     min_sqnr: float | None = None
+    max_drop: str | None = None
+    metric: str | Callable[[Any], Any] | None = None
+    lower_is_better: bool = False
+    max_size: str | None = None
+    max_latency: str | None = None
+    objective: Literal["fastest", "smallest"] = "fastest"
+    search_time: float = 60.0
+    equalize: bool = True
+    smooth: bool = True
+    rounding: bool = True
     threads: int = 0
     memory: int = MEMORY
     skip_bad: bool = False
@@ -85,8 +106,30 @@ class Recipe:
         for name, decibels in (("sqnr_goal", self.sqnr_goal), ("min_sqnr", self.min_sqnr)):
             if decibels is not None and not math.isfinite(decibels):
                 raise RecipeError(f"{name} is {decibels:g}: give a finite number of decibels.")
+        self._check_budget()
         if not self.static and not self.dynamic:
             raise RecipeError("static and dynamic are both false: nothing could be quantized.")
+
+    def _check_budget(self) -> None:
+        for name, text, unit in (
+            ("max_drop", self.max_drop, ""),
+            ("max_size", self.max_size, "MB"),
+            ("max_latency", self.max_latency, "ms"),
+        ):
+            if text is not None:
+                parse_limit(text, name, unit)
+        if self.objective not in ("fastest", "smallest"):
+            raise RecipeError(f"objective is {self.objective!r}: give fastest or smallest.")
+        if not (math.isfinite(self.search_time) and self.search_time > 0):
+            raise RecipeError(f"search_time is {self.search_time:g}: give more than 0 seconds.")
+        if self.metric is not None and self.max_drop is None:
+            raise RecipeError("metric is given without max_drop: say how much it may drop.")
+
+    @property
+    def limited(self) -> bool:
+        """Whether anything limits the result but being faster than the float model."""
+        limits = (self.max_drop, self.min_sqnr, self.max_size, self.max_latency)
+        return any(limit is not None for limit in limits)
 
 
 BUILT_IN: Mapping[str, Recipe] = {

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,10 @@ class Result:
         warnings: sentences.
         notes: what was guessed, sentences.
         next_command: a command worth trying next.
+        search: with limits: `limits`, the `points` that were compiled, run and timed (the last one is the
+            result), and `pareto`, the indices of those that no other beats; else None.
         goal_missed: the SQNR in decibels that was aimed for and not reached; None if it was.
-        exit_code: 0 good, 3 an accuracy limit missed, 4 not faster or not fused as planned.
+        exit_code: 0 good, 3 a limit missed, 4 not faster or not fused as planned.
     """
 
     model: str | None
@@ -57,6 +60,7 @@ class Result:
     exit_code: int
     goal_missed: float | None = None
     plan: list[dict[str, str]] = dataclasses.field(default_factory=list)
+    search: dict[str, Any] | None = None
 
     def to_json(self) -> str:
         """One JSON object."""
@@ -77,7 +81,9 @@ class Result:
         if self.exit_code == NOT_FASTER:
             return f"NOT a success: {self.warnings[0] if self.warnings else 'the result is not faster.'}"
         if self.exit_code == INACCURATE:
-            return f"NOT accurate enough: {self.warnings[0] if self.warnings else ''}"
+            missed = self.search is not None and self.search["points"][-1]["misses"]
+            what = "NOT within the limits" if missed else "NOT accurate enough"
+            return f"{what}: {self.warnings[0] if self.warnings else ''}"
         shown = "not timed" if speed is None else f"{speed:.2f}x as fast"
         text = f"{shown}, {size:.1f}x smaller"
         if self.goal_missed is not None:
@@ -115,6 +121,35 @@ def grouped_float(result: Result, most: int = 8) -> list[tuple[str, str, int, st
     return [(op, why, n, example[op, why]) for (op, why), n in counts.most_common(most)]
 
 
+POINT_COLUMNS = (
+    "result",
+    "integer",
+    "float",
+    "SQNR dB",
+    "lost",
+    "metric",
+    "ms",
+    "speed-up",
+    "MB",
+    "limits",
+)
+
+
+def point_rows(search: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The points of a search as cells, a star first where a point is on the front, then `POINT_COLUMNS`."""
+    rows: list[tuple[str, ...]] = []
+    for i, p in enumerate(search["points"]):
+        sampled = "" if p["sigma"] is None else f" ± {p['sigma']:.2g}"
+        lost = f"{100 * p['drop']:.2f}%" if p["metric"] is None else f"{p['drop']:.4g}{sampled}"
+        metric = "" if p["metric"] is None else f"{p['metric']:.5g}"
+        rows.append(
+            ("*" if i in search["pareto"] else "", p["what"], str(p["integer"]), str(p["floating"]),
+             _db(p["sqnr_db"]), lost, metric, f"{p['latency_ms']:.2f}", f"{p['speedup']:.2f}x",
+             f"{p['size_mb']:.2f}", "missed" if p["misses"] else "kept")
+        )  # fmt: skip
+    return rows
+
+
 def to_markdown(result: Result) -> str:
     """The report as a document."""
     source = "a model in memory" if result.model is None else f"`{result.model}`"
@@ -148,6 +183,17 @@ def to_markdown(result: Result) -> str:
             agreement = "" if same is None else f"{same:.2%}"
             figures = (_db(part["sqnr_db"]), f"{part['cosine']:.5f}", agreement, before)
             lines.append(_row(output["name"], name, *figures))
+    if result.search is not None:
+        lines += [
+            "",
+            "## What was measured",
+            "",
+            "Rows with a star: nothing else measured is better in all columns.",
+            "",
+        ]
+        lines += _head("", *POINT_COLUMNS)
+        lines += [_row(*row) for row in point_rows(result.search)]
+        lines += ["", "![trade-off](pareto.png)"]
     kernels = result.kernels
     lines += ["", "## Kernels", ""]
     lines += [

@@ -6,15 +6,19 @@ import dataclasses
 import logging
 from collections.abc import Mapping
 
-from qcompile import faster, tune
+from qcompile import faster, frontier, tune
+from qcompile.budget import Budget, Point
 from qcompile.build import Format
 from qcompile.errors import ModelError
+from qcompile.improve import improve
 from qcompile.opened import Opened
 from qcompile.plan.make import Request
 from qcompile.plan.plan import Form, Plan
+from qcompile.referee import Referee
 from qcompile.run.profile import profile
 from qcompile.run.session import Feed, Session
 from qcompile.verify.latency import race, typical_feeds
+from qcompile.verify.metric import Metric
 from qcompile.workshop import LARGE, Attempt, Ranging, Workshop
 
 logger = logging.getLogger(__name__)
@@ -30,31 +34,55 @@ _ROUNDS = 3  # of planning again with measured costs
 
 @dataclasses.dataclass
 class History:
-    """Sentences for the report about what was tried."""
+    """What was tried, for the report.
+
+    Attributes:
+        warnings, notes: sentences.
+        points: what was measured against limits; the last one is the result.
+        budget: the limits; None if the recipe has none.
+        blame: a sentence on the sites that add most of the noise, or nothing.
+    """
 
     warnings: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+    points: list[Point] = dataclasses.field(default_factory=list)
+    budget: Budget | None = None
+    blame: str = ""
 
 
 def find_best(
-    shop: Workshop, request: Request, draft: Plan, opened: Opened
-) -> tuple[Attempt, History]:
-    """The best attempt: accurate enough first, then fast."""
-    history = History()
-    form: Format = "qdq" if shop.recipe.format == "qdq" else "fused"
+    shop: Workshop, request: Request, draft: Plan, opened: Opened, metric: Metric | None = None
+) -> tuple[Workshop, Attempt, History]:
+    """The best attempt, and the working state that it was made in.
+
+    It is accurate first, then fast; with limits it is the fastest (or smallest) one within them.
+    """
+    history, recipe = History(), shop.recipe
+    form: Format = "qdq" if recipe.format == "qdq" else "fused"
     best = _choose_ranges(shop, draft, form, history)
+    shop, best = improve(shop, request, best, opened, history)
     found = None
-    goal = shop.recipe.min_sqnr or shop.recipe.sqnr_goal
+    goal = recipe.min_sqnr or recipe.sqnr_goal
     small = len(best.plan.of(Form.STATIC)) <= LARGE
-    if opened.samples is not None and best.db < (_FINE_DB if small else goal):
+    if opened.samples is not None and (best.db < (_FINE_DB if small else goal) or recipe.limited):
         found = tune.sensitivity(shop, best.plan, best.ranging)
     if found is not None and best.plan.of(Form.STATIC) and len(shop.methods) > 1:
         best = _tune(shop, best, found, history)
     best.speedup = _speed(best, opened)
     best = _faster(shop, request, best, opened, history)
-    if found is not None and goal and best.db < goal:
-        best = _more_accurate(shop, request, best, found, goal, opened, history)
-    return _choose_format(shop, best, opened, history), history
+    if recipe.limited:
+        referee = Referee(opened, metric)
+        frontier.within(shop, request, best, None if found is None else found.noise, referee)
+        assert referee.best is not None
+        best = _choose_format(shop, referee.best.attempt, opened, history)
+        history.points, history.budget = referee.points, referee.budget
+        referee.measure(shop, best, "the result")
+        history.blame = frontier.blame(None if found is None else found.noise)
+    else:
+        if found is not None and goal and best.db < goal:
+            best = _more_accurate(shop, request, best, found, goal, opened, history)
+        best = _choose_format(shop, best, opened, history)
+    return shop, best, history
 
 
 def _choose_ranges(shop: Workshop, plan: Plan, form: Format, history: History) -> Attempt:
@@ -150,7 +178,6 @@ def _more_accurate(
     opened: Opened, history: History,
 ) -> Attempt:  # fmt: skip
     """Leaves the most harmful nodes float until the goal is met, as long as the result stays fast."""
-    demanded = shop.recipe.min_sqnr is not None
     start = best
     with shop.progress.stage("trading speed for accuracy") as step:
         for aim in (goal, (start.db + goal) / 2):  # where the goal costs too much, half the way
@@ -161,7 +188,7 @@ def _more_accurate(
                 step(1, None)
                 gained = attempt.db >= aim or attempt.db >= best.db + _WORTH_DB
                 enough = min(_WORTH_IT, max(_STILL * start.speedup, _LEAST))
-                if gained and attempt.db > best.db and (demanded or attempt.speedup >= enough):
+                if gained and attempt.db > best.db and attempt.speedup >= enough:
                     best = attempt
                 if best.db >= aim:
                     break

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qcompile.plan.plan import Plan
-from qcompile.report import Result, grouped_float
+from qcompile.report import POINT_COLUMNS, Result, grouped_float, point_rows
 
 _WORST = 6  # output slices shown
 _TENSORS = 12  # of a calibration
@@ -66,6 +66,8 @@ def show_result(result: Result) -> None:
         console.print("left float:")
         for op, why, count, node in rows:
             console.print(f"  {count:>4} {op:<16} {escape(why)}  ({escape(node)})")
+    if result.search is not None:
+        _show_points(console, result.search)
     for sentence in result.warnings:
         console.print(f"[yellow]warning:[/] {escape(sentence)}")
     for sentence in result.notes:
@@ -75,6 +77,22 @@ def show_result(result: Result) -> None:
         f"samples, {result.seconds:.1f} s, {result.peak_rss_mb:.0f} MB"
     )
     console.print(f"next: {escape(result.next_command)}")
+
+
+def _show_points(console: Console, search: Mapping[str, Any]) -> None:
+    """The points of a search that no other beats, and the result."""
+    rows = point_rows(search)
+    front = [i for i in search["pareto"] if i != len(rows) - 1]
+    table = Table(show_edge=False, pad_edge=False)
+    for title in ("trade-off", *POINT_COLUMNS[1:]):
+        table.add_column(
+            title, justify="left" if title in ("trade-off", "limits") else "right", no_wrap=True
+        )
+    for i in (*front, len(rows) - 1):
+        _, _, *cells = rows[i]
+        table.add_row("the result" if i == len(rows) - 1 else "", *map(escape, cells))
+    console.print(table)
+    console.print(f"{len(rows)} results were compiled, run and timed")
 
 
 def _show_slices(console: Console, outputs: list[dict[str, Any]]) -> None:

@@ -49,10 +49,14 @@ def merge_needs(needs: Iterable[Need]) -> dict[str, Need]:
 
 @dataclasses.dataclass
 class Outcome:
-    """What a pass did: the names of the nodes it changed, and per node it left alone the reason."""
+    """What a pass did: the names of the nodes it changed, and per node it left alone the reason.
+
+    `rescaled`: names of tensors whose values are others now.
+    """
 
     changed: list[str] = dataclasses.field(default_factory=list)
     skipped: dict[str, str] = dataclasses.field(default_factory=dict)
+    rescaled: set[str] = dataclasses.field(default_factory=set)
 
 
 class Pass(abc.ABC):

@@ -118,14 +118,14 @@ def cheaper_noise(
     The price of noise is raised until the sum of the chosen sites' noise is low enough; for each price
     the plan is the optimum of speed plus price times noise.
     """
-    by_tensor = _by_tensor(shop, best.plan, noise)
+    single = by_tensor(shop, best.plan, noise)
     predicted_all = sum(noise.sites.values()) + noise.weights
     # what the prediction misses (weights of float nodes, interaction) is taken from the full attempt
     factor = min(max(best.noise / predicted_all, 0.25), 4.0) if predicted_all > 0 else 1.0
     tried: set[tuple[Form, ...]] = {tuple(e.form for e in best.plan.nodes)}
     for margin in (1.0, 1.6, 3.0):
         goal = 10 ** (-goal_db / 10) / margin / factor
-        plan = _least_price(shop, request, noise, by_tensor, goal)
+        plan = _least_price(shop, request, noise, single, goal)
         forms = tuple(e.form for e in plan.nodes)
         if forms not in tried and plan.quantizes:
             tried.add(forms)
@@ -133,25 +133,25 @@ def cheaper_noise(
 
 
 def _least_price(
-    shop: Workshop, request: Request, noise: Noise, by_tensor: dict[str, float], goal: float
+    shop: Workshop, request: Request, noise: Noise, single: dict[str, float], goal: float
 ) -> Plan:
     low, high = 1e3, 1e12  # nanoseconds a unit of noise
     best: Plan | None = None
     for _ in range(_PRICES):
         price = math.sqrt(low * high)
-        plan = shop.plan(dataclasses.replace(request, noise=by_tensor, price=price))
-        if _noise_of(shop, plan, noise, by_tensor) <= goal:
+        plan = shop.plan(dataclasses.replace(request, noise=single, price=price))
+        if noise_of(shop, plan, noise, single) <= goal:
             best, high = plan, price
         else:
             low = price
         if high / low < 1.1:
             break
     if best is None:
-        best = shop.plan(dataclasses.replace(request, noise=by_tensor, price=high))
+        best = shop.plan(dataclasses.replace(request, noise=single, price=high))
     return best
 
 
-def _by_tensor(shop: Workshop, plan: Plan, noise: Noise) -> dict[str, float]:
+def by_tensor(shop: Workshop, plan: Plan, noise: Noise) -> dict[str, float]:
     """Noise by site, and that of tensors which share codes, if they were rounded to codes of their own.
 
     A narrower range has finer steps, and the power of rounding errors is that of the steps squared.
@@ -167,7 +167,7 @@ def _by_tensor(shop: Workshop, plan: Plan, noise: Noise) -> dict[str, float]:
     return found
 
 
-def _noise_of(shop: Workshop, plan: Plan, noise: Noise, by_tensor: dict[str, float]) -> float:
+def noise_of(shop: Workshop, plan: Plan, noise: Noise, single: dict[str, float]) -> float:
     """Predicted noise of a plan: its coded roots, its dynamic nodes, and the weights' share of it."""
     touched = {value.name or "" for value in shop.coding(plan).roots}
     touched |= {entry.node for entry in plan.of(Form.DYNAMIC)}
@@ -179,4 +179,4 @@ def _noise_of(shop: Workshop, plan: Plan, noise: Noise, by_tensor: dict[str, flo
             if not isinstance(n, str) and n.role in ("conv", "dynamic")
         ),
     )
-    return sum(by_tensor.get(name, 0.0) for name in touched) + noise.weights * min(1.0, share)
+    return sum(single.get(name, 0.0) for name in touched) + noise.weights * min(1.0, share)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +17,7 @@ from qcompile.calib.moments import rounding_shift
 from qcompile.calib.observe import Observed, Settings, observe
 from qcompile.calib.ranges import AUTO, method, needs_histogram
 from qcompile.calib.reading import Bad
-from qcompile.calib.split import Judges, Samples
+from qcompile.calib.split import TUNING, Judges, Samples
 from qcompile.calib.statistics import Statistics
 from qcompile.calib.stats import TensorStats
 from qcompile.calib.taps import with_outputs
@@ -31,7 +33,7 @@ from qcompile.run.probe import Fact
 from qcompile.run.session import Feed, Options, Session
 from qcompile.solve.activations import grid_of, solve_activations
 from qcompile.solve.needs import named, notes_on, wanted
-from qcompile.solve.weights import InputMoments, solve_weights
+from qcompile.solve.weights import InputMoments, Weight, solve_weights
 from qcompile.step import Need, Pass
 from qcompile.targets.schema import Target
 from qcompile.verify.compare import Comparison, Reference
@@ -50,11 +52,13 @@ class Ranging:
         method: name of one of `qcompile.calib.ranges`, for all tensors but those in `single`.
         single: method of single tensors, by root name.
         shift: biases are corrected for the mean error of the inputs, not only of the weights.
+        rounded: weights whose codes were searched for, by node name.
     """
 
     method: str
     single: Mapping[str, str] = dataclasses.field(default_factory=dict)
     shift: bool = False
+    rounded: Mapping[str, Weight] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -73,6 +77,16 @@ class Attempt:
     def noise(self) -> float:
         """Noise-to-signal ratio of the worst output slice, 0 before it was judged."""
         return 0.0 if self.comparison is None else self.comparison.noise_to_signal
+
+    @property
+    def divergence(self) -> float | None:
+        """Mean KL divergence of outputs with scores of classes, if there are any."""
+        return None if self.comparison is None else self.comparison.divergence
+
+    @property
+    def differing(self) -> int:
+        """Decisions that differ from the float model's, 0 before it was judged."""
+        return 0 if self.comparison is None else self.comparison.differing
 
     @property
     def db(self) -> float:
@@ -96,7 +110,9 @@ class Workshop:
         self.stats: Mapping[str, TensorStats] = {}
         self.lacking: frozenset[str] = frozenset()  # coded tensors of which nothing is known
         self.methods: tuple[str, ...] = ("minmax",)
-        self.base: Coding | None = None  # of the plan that was calibrated
+        self.widely: Plan | None = None  # that was calibrated
+        self.needs: Mapping[str, Need] = {}
+        self.observed: Mapping[str, TensorStats] = {}
         self._shifts: dict[tuple[str, float, int], npt.NDArray[np.float64]] = {}
 
     def plan(self, request: Request) -> Plan:
@@ -131,19 +147,56 @@ class Workshop:
         ranges = self.recipe.ranges
         several = AUTO if len(plan.of(Form.STATIC)) <= LARGE else ("mean",)
         self.methods = several if ranges == "auto" else (ranges,)
-        self.base = self.coding(plan)
-        needs = wanted(
-            self.prepared, self.base, self._conv_inputs(plan), self.steps,
+        self.widely = plan
+        self.needs = wanted(
+            self.prepared, self.coding(plan), self._conv_inputs(plan), self.steps,
             histogram=any(map(needs_histogram, self.methods)),
         )  # fmt: skip
         if self.stored is not None:
-            self.stats, self.lacking = named(self.base, self.stored.tensors)
+            self._keep(self.stored.tensors)
             return self.stored.forced
-        found = self.observe(needs)
-        self.stats, self.lacking = named(self.base, found.tensors)
+        found = self.observe(self.needs)
+        self._keep(found.tensors)
         return notes_on(found, self.recipe.memory)
 
-    def observe(self, needs: Mapping[str, Need]) -> Observed:
+    def _keep(self, tensors: Mapping[str, TensorStats]) -> None:
+        assert self.widely is not None
+        self.observed = tensors
+        self.stats, self.lacking = named(self.coding(self.widely), tensors)
+
+    def variant(self, prepared: ir.Model, facts: Mapping[str, Fact]) -> Workshop:
+        """The same for a graph that computes the same, with the statistics known so far.
+
+        Those of tensors whose values are others now must be replaced: see `replace`.
+        """
+        other = copy.copy(self)
+        other.prepared, other.facts = prepared, facts
+        other.found = find_candidates(prepared, self.target, facts)
+        other._shifts = {}  # noqa: SLF001 - a copy of itself
+        other.replace({})
+        return other
+
+    def observe_again(self, names: AbstractSet[str]) -> Mapping[str, TensorStats]:
+        """Statistics of these tensors as they are in this graph, as far as a plan needs them.
+
+        Where statistics came stored, of the few samples that came with them.
+        """
+        needs = {name: need for name, need in self.needs.items() if name in names}
+        if not needs:
+            return {}
+        if self.stored is None:
+            return self.observe(needs, "observing what was rescaled").tensors
+        assert self.samples is not None
+        few = list(enumerate(self.samples.few(TUNING)))
+        settings = Settings(self.recipe.memory, self.recipe.threads)
+        return observe(self.prepared, needs, lambda: few, self.facts, settings).tensors
+
+    def replace(self, tensors: Mapping[str, TensorStats]) -> None:
+        """These statistics take the place of others."""
+        if self.widely is not None:
+            self._keep({**self.observed, **tensors})
+
+    def observe(self, needs: Mapping[str, Need], title: str = "calibrating") -> Observed:
         """One streaming run over the calibration samples.
 
         Raises:
@@ -153,7 +206,7 @@ class Workshop:
         samples, recipe = self.samples, self.recipe
         settings = Settings(recipe.memory, recipe.threads, skip_bad=recipe.skip_bad)
         total = samples.calibration_count
-        with self.progress.stage("calibrating", total) as step:
+        with self.progress.stage(title, total) as step:
             found = observe(
                 self.prepared, needs, samples.calibration, self.facts, settings,
                 lambda number, passes: step(1, total * passes if number == 0 else None),
@@ -250,6 +303,7 @@ class Workshop:
             moments,
             saturating=self.target.saturating,
             search=self.recipe.weight_search,
+            rounded=ranging.rounded,
         )
         return Solution(params, weights)
 

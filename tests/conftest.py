@@ -78,6 +78,12 @@ class Desk:
         return done.err.removeprefix("qcompile: ").rstrip()
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measured times of tests are kept in a folder of the tests."""
+    monkeypatch.setenv("QCOMPILE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture
 def desk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -24,6 +24,7 @@ KEYS = {
     "kernels", "kept_float", "warnings",
 }  # fmt: skip
 OUR_KEYS = {
+    "search",
     "format",
     "ranges",
     "samples",
@@ -71,7 +72,7 @@ def test_result_as_json(desk: Desk) -> None:
     (output,) = table["outputs"]
     assert set(output) == {"name", "slices", "exact"}
     assert output["name"] == "y"
-    figures = {"slice", "sqnr_db", "cosine", "max_abs_error", "agreement", "dead"}
+    figures = {"slice", "sqnr_db", "cosine", "max_abs_error", "agreement", "divergence", "dead"}
     assert [set(part) for part in output["slices"]] == [figures]
     assert output["slices"][0]["sqnr_db"] > 30
     kernels = table["kernels"]
@@ -216,7 +217,7 @@ def test_exit_3_where_a_limit_is_missed(desk: Desk) -> None:
     done = desk.run("m.onnx", "--data", "d.npz", "--min-sqnr", "200")
     assert done.code == 3
     assert done.new == ["work/m.int8.onnx"]
-    assert "NOT accurate enough: the worst output slice has" in done.out
+    assert "NOT within the limits: the worst output slice has" in done.out
     assert "the limit is 200 dB" in done.out
     assert "wrote m.int8.onnx" in done.out
 

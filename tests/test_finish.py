@@ -15,10 +15,12 @@ from workbench import QUICK, costless, images, weight
 
 import qcompile
 from qcompile import compile_model, finish
+from qcompile.budget import Point
 from qcompile.errors import ModelError, OutputError
 from qcompile.graph import io
 from qcompile.plan.plan import Form, NodePlan, Plan
 from qcompile.report import GOOD, INACCURATE, NOT_FASTER
+from qcompile.search import History
 from qcompile.verify.compare import Comparison
 from qcompile.verify.kernels import Kernels, Verdict
 from qcompile.verify.metrics import Error, Part
@@ -88,8 +90,27 @@ def code(
 
     best = Best()
     best.plan = plan  # type: ignore[attr-defined]
+    history = History()
+    if limit is not None:
+        missed = (f"the worst output slice has {db:.1f} dB SQNR, the limit is {limit:g} dB",)
+        history.points.append(
+            Point(
+                "it",
+                1,
+                0,
+                db,
+                0.0,
+                None,
+                None,
+                None,
+                1.0,
+                speedup,
+                1.0,
+                missed if db < limit else (),
+            )
+        )
     return finish._exit_code(
-        Shop, best, Comparison({"y": [error]}, 1), kernels, speedup, Opened  # type: ignore[arg-type]
+        Shop, best, Comparison({"y": [error]}, 1), kernels, speedup, Opened, history  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -134,7 +155,7 @@ def test_a_limit_that_nothing_reaches(tmp_path: Path) -> None:
     )
     assert result.exit_code == INACCURATE
     assert (tmp_path / "o.onnx").exists()
-    assert result.verdict().startswith("NOT accurate enough: the worst output slice has ")
+    assert result.verdict().startswith("NOT within the limits: the worst output slice has ")
     assert result.next_command.startswith("qcompile plan ")
 
 

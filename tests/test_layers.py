@@ -12,10 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Folders and top-level modules. `qcompile` is the public face; it imports the rest when names are used.
 ORDER = (
-    "errors", "version", "progress", "table", "quant", "graph", "step", "targets", "run", "plan",
-    "calib", "recipe", "algo", "solve", "passes", "prepare", "build", "verify", "report", "inputs",
-    "keep", "opened", "workshop", "faster", "tune", "search", "finish", "compiler", "calibrate", "commands", "survey",
-    "show", "options", "cli", "__main__", "qcompile",
+    "errors", "version", "progress", "table", "limits", "quant", "graph", "step", "targets", "run", "plan",
+    "calib", "recipe", "algo", "solve", "passes", "prepare", "build", "pieces", "timing", "verify", "report", "inputs",
+    "keep", "opened", "workshop", "accept", "faster", "tune", "improve", "budget", "referee", "frontier", "search", "figure", "finish", "compiler", "calibrate", "commands", "survey",
+    "show", "words", "options", "cli", "__main__", "qcompile",
 )  # fmt: skip
 # What only annotations need may stand above, for these alone: (importer, imported).
 UPWARD: set[tuple[str, str]] = set()

@@ -35,7 +35,8 @@ class Race:
 
 
 def best_of(bench: Bench) -> tuple[Attempt, History]:
-    return find_best(bench.shop, bench.request, bench.draft, bench.opened)
+    _, best, history = find_best(bench.shop, bench.request, bench.draft, bench.opened)
+    return best, history
 
 
 def recipe(**more: Any) -> Recipe:

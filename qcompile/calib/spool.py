@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,12 @@ from qcompile.calib.stored import row, split
 from qcompile.errors import DataError, nearest
 
 
-def call_function(source: str) -> object:
-    """What the user's module:function returns; the current folder can be imported from."""
+def load_function(source: str, purpose: str) -> Callable[..., Any]:
+    """The user's module:function; the current folder can be imported from.
+
+    Raises:
+        DataError: there is none; `purpose` says what it should do.
+    """
     module_name, _, name = source.partition(":")
     folder = str(Path.cwd())
     sys.path.insert(0, folder)
@@ -37,9 +41,19 @@ def call_function(source: str) -> object:
     function = getattr(module, name, None)
     if not callable(function):
         raise DataError(
-            f"{source}: module {module_name!r} has no function {name!r}: name one that returns"
-            f" an iterable of feeds.{nearest(name, vars(module))}"
+            f"{source}: module {module_name!r} has no function {name!r}: name one that"
+            f" {purpose}.{nearest(name, vars(module))}"
         )
+    return function  # type: ignore[no-any-return]  # callable() is all that is known of it
+
+
+def call_function(source: str) -> object:
+    """What the user's module:function returns.
+
+    Raises:
+        DataError: there is none, or it fails.
+    """
+    function = load_function(source, "returns an iterable of feeds")
     try:
         return function()
     except Exception as error:

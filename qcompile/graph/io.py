@@ -149,6 +149,12 @@ def weight_bytes(model: ir.Model) -> int:
     )
 
 
+def model_bytes(model: ir.Model) -> int:
+    """What the model takes on disk, about: exactly if it can be one message of protobuf."""
+    size = weight_bytes(model)
+    return len(to_bytes(model)) if size < EXTERNAL_BYTES else size
+
+
 def to_bytes(model: ir.Model) -> bytes:
     """The serialized model, weights included. Only for models below 2 GiB."""
     data: bytes = _to_proto(model).SerializeToString()

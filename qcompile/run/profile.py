@@ -9,6 +9,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -31,14 +32,29 @@ def base_name(name: str) -> str:
     return _SUFFIX.sub("", name)
 
 
-def profile(model: ir.Model | Path, feed: Feed, *, threads: int, runs: int = 8) -> Profile:
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One node as ORT ran it.
+
+    Attributes:
+        name: as ORT calls it, its suffixes included.
+        op_type: its operator type in the optimized graph.
+        shape: of its first output, () if ORT does not say.
+        times: nanoseconds of every call but those of the first runs, in whole microseconds rounded down.
+    """
+
+    name: str
+    op_type: str
+    shape: tuple[int, ...]
+    times: tuple[float, ...]
+
+
+def kernels(model: ir.Model | Path, feed: Feed, *, threads: int, runs: int = 8) -> list[Kernel]:
     """Runs the model with ORT's profiler on; the first runs are not counted.
 
     Raises:
         ModelError: ORT refuses or cannot run the model.
     """
-    nodes: dict[str, float] = defaultdict(float)
-    operators: dict[str, float] = defaultdict(float)
     with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
         session = Session(
             model, Options("all", threads=threads, profile=str(Path(folder) / "profile"))
@@ -47,14 +63,34 @@ def profile(model: ir.Model | Path, feed: Feed, *, threads: int, runs: int = 8) 
             session.run(feed)
         events = json.loads(session.end_profiling().read_text("utf-8"))
     times: dict[tuple[str, str], list[float]] = defaultdict(list)
+    shapes: dict[tuple[str, str], tuple[int, ...]] = {}
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
             key = (event["name"].removesuffix("_kernel_time"), event["args"]["op_name"])
             times[key].append(1000.0 * event["dur"])
-    for (name, op_type), durations in times.items():
-        counted = durations[len(durations) * _WARM_UP // (runs + _WARM_UP) :]
+            shapes[key] = _shape(event["args"])
+    return [
+        Kernel(*key, shapes[key], tuple(all_of[len(all_of) * _WARM_UP // (runs + _WARM_UP) :]))
+        for key, all_of in times.items()
+    ]
+
+
+def _shape(args: Mapping[str, Any]) -> tuple[int, ...]:
+    shapes = [shape for item in args.get("output_type_shape", ()) for shape in item.values()]
+    return tuple(shapes[0]) if shapes else ()
+
+
+def profile(model: ir.Model | Path, feed: Feed, *, threads: int, runs: int = 8) -> Profile:
+    """The mean times of all nodes, as `kernels` finds them.
+
+    Raises:
+        ModelError: ORT refuses or cannot run the model.
+    """
+    nodes: dict[str, float] = defaultdict(float)
+    operators: dict[str, float] = defaultdict(float)
+    for kernel in kernels(model, feed, threads=threads, runs=runs):
         # nodes of one name, and bodies that run several times a run, add up
-        mean = sum(counted) / runs if counted else 0.0
-        nodes[base_name(name)] += mean
-        operators[op_type] += mean
+        mean = sum(kernel.times) / runs
+        nodes[base_name(kernel.name)] += mean
+        operators[kernel.op_type] += mean
     return Profile(dict(nodes), dict(operators))

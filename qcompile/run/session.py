@@ -131,6 +131,11 @@ class Session:
             raise ModelError(f"ONNX Runtime cannot run the model: {_first_line(error)}") from error
         return results
 
+    @property
+    def native(self) -> ort.InferenceSession:
+        """The session itself, for functions of the user."""
+        return self._session
+
     def bound(self, outputs: Sequence[str]) -> Bound:
         """A way to run for these outputs again and again without copying them."""
         return Bound(self._session, self._names, outputs)

@@ -54,6 +54,7 @@ class InputMoments:
 def solve_weights(
     plan: Plan, found: Mapping[str, Candidate | str], params: Mapping[str, QParams],
     moments: Mapping[str, InputMoments], *, saturating: bool, search: bool = True,
+    rounded: Mapping[str, Weight] | None = None,
 ) -> dict[str, Weight]:  # fmt: skip
     """A weight for each planned node that has one, by node name.
 
@@ -64,17 +65,21 @@ def solve_weights(
         moments: by name of the Conv's input tensor; where it is missing, biases stay as they are.
         saturating: the target's kernels saturate in 16 bits.
         search: look for the scale of least squared weight error, in place of the full range.
+        rounded: codes and parameters found by a search, by node name; only biases are made anew.
     """
+    done = rounded or {}
     weights: dict[str, Weight] = {}
     for entry in plan.of(Form.STATIC, Form.DYNAMIC, Form.WEIGHT):
         item = found[entry.node]
         assert isinstance(item, Candidate)
         if item.role == "conv":
             weights[entry.node] = _conv(
-                item.node, entry.weight, params, moments, saturating, search
+                item.node, entry.weight, params, moments, saturating, search, done.get(entry.node)
             )
         elif item.role == "dynamic":
-            weights[entry.node] = _linear(item.node, entry.weight, saturating, search)
+            weights[entry.node] = done.get(entry.node) or _linear(
+                item.node, entry.weight, saturating, search
+            )
         elif item.role == "embedding":
             table = array(item.node.inputs[0])
             assert table is not None
@@ -93,7 +98,7 @@ def _scales(w: Array, scheme: Scheme, *, saturating: bool, search: bool) -> QPar
 
 def _conv(
     node: ir.Node, spelling: str, params: Mapping[str, QParams], moments: Mapping[str, InputMoments],
-    saturating: bool, search: bool,
+    saturating: bool, search: bool, rounded: Weight | None = None,
 ) -> Weight:  # fmt: skip
     w = array(node.inputs[1])
     x = node.inputs[0]
@@ -101,9 +106,12 @@ def _conv(
     scheme = Scheme.parse(spelling)
     bias_value = array(node.inputs[2]) if len(node.inputs) > 2 else None
     bias = np.zeros(w.shape[0]) if bias_value is None else bias_value.reshape(-1).astype(np.float64)
-    own = _scales(w, scheme, saturating=saturating, search=search)
-    own = _wide_enough(own, bias, float(params[x.name].scale))
-    codes = quantize(w, own)
+    if rounded is None:
+        own = _scales(w, scheme, saturating=saturating, search=search)
+        own = _wide_enough(own, bias, float(params[x.name].scale))
+        codes = quantize(w, own)
+    else:
+        codes, own = rounded.codes, rounded.params
     known = moments.get(x.name)
     if known is not None:
         group = attribute(node, "group", 1)
@@ -111,8 +119,9 @@ def _conv(
         bias = bias - weight_shift(back - w, known.mean, group)
         if known.error is not None:
             bias = bias - input_shift(back, known.error, group)
-        own = _wide_enough(own, bias, float(params[x.name].scale))
-        codes = quantize(w, own)
+        wide = _wide_enough(own, bias, float(params[x.name].scale))
+        if not np.array_equal(wide.scale, own.scale):
+            own, codes = wide, quantize(w, wide)
     needed = bias_value is not None or bool(np.any(bias))
     return Weight(codes, own, bias.astype(np.float32) if needed else None)
 

@@ -44,6 +44,25 @@ class Comparison:
         worst = max(self.worst_db, -MOST_DB)
         return 0.0 if np.isinf(worst) else 10 ** (-worst / 10)
 
+    @property
+    def divergence(self) -> float | None:
+        """The greatest mean KL divergence of an output with scores of classes, in nats; None without one."""
+        found = [e.divergence for errors in self.outputs.values() for e in errors]
+        return max((value for value in found if value is not None), default=None)
+
+    @property
+    def differing(self) -> int:
+        """Decisions of outputs with scores of classes that differ."""
+        found = (e for errors in self.outputs.values() for e in errors if e.part.decides)
+        return sum(e.decisions - e.same for e in found)
+
+    @property
+    def drop(self) -> float:
+        """What is lost of the output that lost most, 0 to 1: see `Error.drop`."""
+        if self.worst_db == -np.inf:
+            return 1.0
+        return max((e.drop for es in self.outputs.values() for e in es if e.count), default=0.0)
+
     def problems(self) -> list[str]:
         """Sentences about outputs that carry nothing any more."""
         found = []

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 _NOTHING = 1e-5  # an error in a slice of zeros that counts as none
+_MOST_LOGIT = 1e6  # masks of -inf stay comparable
+_LEAST_SHARE = 1e-9  # a probability that codes cannot hold is no infinite loss
 MOST_DB = 300.0  # beyond, a ratio of powers leaves float64
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A slice of an output: `start:stop` along `axis`; `axis` None is the whole output."""
+    """A slice of an output: `start:stop` along `axis`; `axis` None is the whole output.
+
+    `decides`: the last axis holds scores of classes, `logits` or `probabilities`; "" if it does not, or if that
+    is not known.
+    """
 
     name: str
     axis: int | None = None
     start: int = 0
     stop: int = 0
+    decides: Literal["", "logits", "probabilities"] = ""
 
     def of(self, values: Array) -> Array:
         """The values of the slice, a view."""
@@ -37,7 +44,9 @@ class Error:
     """Sums over the samples, for one slice of one output.
 
     SQNR is 10 log10(sum y^2 / sum (y~ - y)^2) in decibels, the cosine that of all values as one vector.
-    `agreement` counts positions along the last axis whose largest entry is the same.
+    `agreement` counts positions along the last axis whose largest entry is the same. Where these entries are the
+    scores of classes, `divergence` is the mean of KL(p || q) over the positions, p and q being what the float
+    model and the result make of them, in nats.
 
     Indices and flags (booleans, integers of 32 bits and more) have no magnitude: `agreement` counts
     those that are the same, the cosine is their share, and SQNR is 10 log10(1 / share that differs).
@@ -51,6 +60,7 @@ class Error:
     largest: float = 0.0
     same: int = 0
     decisions: int = 0
+    lost: float = 0.0
     total: float = 0.0
     total_result: float = 0.0
     count: int = 0
@@ -71,6 +81,9 @@ class Error:
         elif y.ndim >= 2 and y.shape[-1] > 1 and self.part.axis is None:
             self.same += int((y.argmax(-1) == z.argmax(-1)).sum())
             self.decisions += y.size // y.shape[-1]
+            if self.part.decides:
+                logits = self.part.decides == "logits"
+                self.lost += float(divergence(y, z, logits=logits).sum())
         y, z = y.astype(np.float64), z.astype(np.float64)
         known = np.isfinite(y)
         lost = known & ~np.isfinite(z)
@@ -111,6 +124,23 @@ class Error:
         return self.same / self.decisions if self.decisions else None
 
     @property
+    def divergence(self) -> float | None:
+        """Mean Kullback-Leibler divergence a decision in nats, if the output holds scores of classes."""
+        return self.lost / self.decisions if self.decisions and self.part.decides else None
+
+    @property
+    def drop(self) -> float:
+        """What is lost of the float model, 0 to 1: decisions that differ, or else the cosine that is missing.
+
+        A cosine of 1 - d is a noise-to-signal ratio of about 2 d: 0.005 are 20 dB.
+        """
+        if self.bad or self.dead:
+            return 1.0
+        if self.part.decides and self.decisions:
+            return 1.0 - self.same / self.decisions
+        return min(max(1.0 - self.cosine, 0.0), 1.0)
+
+    @property
     def dead(self) -> bool:
         """Whether the reference varies but the result is constant: the slice carries nothing.
 
@@ -136,5 +166,32 @@ class Error:
             "cosine": round(self.cosine, 6),
             "max_abs_error": self.largest,
             "agreement": None if self.agreement is None else round(self.agreement, 5),
+            "divergence": None if self.divergence is None else float(f"{self.divergence:.4g}"),
             "dead": self.dead,
         }
+
+
+def divergence(reference: Array, result: Array, *, logits: bool) -> npt.NDArray[np.float64]:
+    """KL(p || q) in nats along the last axis, p of the reference: float64, the other axes.
+
+    Args:
+        reference: scores (..., classes).
+        result: the same of the other model.
+        logits: their softmax is compared; else they are probabilities, normalized here.
+    """
+    p, q = (_log_softmax(a) if logits else _log_share(a) for a in (reference, result))
+    found: npt.NDArray[np.float64] = (np.exp(p) * (p - q)).sum(axis=-1)
+    return np.maximum(np.where(np.isfinite(found), found, 0.0), 0.0)
+
+
+def _log_softmax(scores: Array) -> npt.NDArray[np.float64]:
+    wide = np.clip(scores.astype(np.float64), -_MOST_LOGIT, _MOST_LOGIT)
+    shifted = wide - wide.max(axis=-1, keepdims=True)
+    made: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return made
+
+
+def _log_share(probabilities: Array) -> npt.NDArray[np.float64]:
+    wide = np.maximum(np.nan_to_num(probabilities.astype(np.float64)), _LEAST_SHARE)
+    made: npt.NDArray[np.float64] = np.log(wide / wide.sum(axis=-1, keepdims=True))
+    return made

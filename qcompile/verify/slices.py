@@ -8,6 +8,7 @@ whose parts grow with the data, such as that of a cache with a new token, has no
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import onnx_ir as ir
 
@@ -16,6 +17,8 @@ from qcompile.run.probe import Fact
 from qcompile.verify.metrics import Part
 
 _MAX_PARTS = 64
+_RANK = 2  # least rank, and number of classes, of scores
+_STEPS = 6  # operators that a question about an output goes back
 _ELEMENTWISE = ("Identity", "Cast", "Sigmoid", "Mul", "Add", "Sub", "Div", "Clip", "Relu", "Tanh")
 
 
@@ -25,7 +28,7 @@ def parts_of(output: ir.Value, facts: Mapping[str, Fact]) -> list[Part]:
     There are none where their sizes may vary from sample to sample: neither the output's dimension nor
     those of all of the Concat's inputs are declared as numbers.
     """
-    whole = Part("all")
+    whole = Part("all", decides=decides(output, facts))
     found = concat_behind(output, facts)
     if found is None:
         return [whole]
@@ -47,6 +50,54 @@ def parts_of(output: ir.Value, facts: Mapping[str, Fact]) -> list[Part]:
         parts.append(Part(f"[{start}:{start + size}] {value.name}", place, start, start + size))
         start += size
     return parts
+
+
+def decides(output: ir.Value, facts: Mapping[str, Fact]) -> Literal["", "logits", "probabilities"]:
+    """What the last axis of an output holds, if these are scores of classes.
+
+    They are if a linear layer or a Softmax along that axis makes them. Vectors that leave a normalization or an
+    activation are features, and what convolutions make has its channels elsewhere.
+    """
+    shape = _shape(output, facts)
+    if not shape or len(shape) < _RANK or shape[-1] < _RANK:
+        return ""
+    value = output
+    for _ in range(_STEPS):
+        node = value.producer()
+        if node is None:
+            return ""
+        if is_op(node, "Softmax", "LogSoftmax"):
+            axis = attribute(node, "axis", -1)
+            last = axis in (-1, len(shape) - 1)
+            return ("probabilities" if is_op(node, "Softmax") else "logits") if last else ""
+        if is_op(node, "Gemm") or (is_op(node, "MatMul") and array(node.inputs[1]) is not None):
+            return "logits"
+        if is_op(node, "Conv"):  # a 1x1 head behind a pooled feature map, flattened
+            pooled = _shape(value, facts)
+            flat = (
+                pooled is not None
+                and value is not output
+                and pooled[2:] == (1,) * (len(pooled) - 2)
+            )
+            return "logits" if flat and len(shape) == _RANK else ""
+        if is_op(node, "Add"):
+            ahead = [v for v in node.inputs if v is not None and array(v) is None]
+            if len(ahead) != 1:
+                return ""
+            value = ahead[0]
+        elif is_op(node, "Identity", "Cast", "Flatten", "Squeeze", "Reshape") and node.inputs[0]:
+            value = node.inputs[0]
+        elif is_op(node, "MatMul") and _is_tied(node.inputs[1]):
+            return "logits"
+        else:
+            return ""
+    return ""
+
+
+def _is_tied(weight: ir.Value | None) -> bool:
+    """Whether a weight is a transposed constant: a head that shares the table of the embedding."""
+    node = None if weight is None else weight.producer()
+    return is_op(node, "Transpose") and node is not None and array(node.inputs[0]) is not None
 
 
 def concat_behind(

@@ -62,7 +62,7 @@ def test_equal_outputs() -> None:
     made = error((y, y))
     assert made.sqnr_db == math.inf
     assert made.to_dict() == {
-        "slice": "all", "sqnr_db": None, "cosine": 1.0, "max_abs_error": 0.0, "agreement": 1.0, "dead": False,
+        "slice": "all", "sqnr_db": None, "cosine": 1.0, "max_abs_error": 0.0, "agreement": 1.0, "divergence": None, "dead": False,
     }  # fmt: skip
 
 

@@ -1,0 +1,125 @@
+"""Accuracy that costs no time: scales folded into neighbours, smoothed products, searched rounding.
+
+Each is tried on the whole model and kept where it lowers the error on held-out samples: all places at once, then
+halves of them (`qcompile.accept`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from passes.smooth_linear import SmoothLinear
+from qcompile.accept import accept
+from qcompile.errors import ModelError
+from qcompile.opened import Opened
+from qcompile.plan.candidates import Candidate
+from qcompile.plan.make import Request
+from qcompile.plan.plan import Form, Plan
+from qcompile.run.probe import probe
+from qcompile.solve.smoothing import solve_smoothing
+from qcompile.step import Pass, run_pass
+from qcompile.workshop import LARGE, Attempt, Workshop
+
+logger = logging.getLogger(__name__)
+_QUICK = 8  # held-out samples that judge
+_TRIES = 12  # evaluations a kind
+_FEEDS = 16  # calibration feeds that products are smoothed on
+_FREE_DB = 24.0  # above, a product is smoothed only where that costs no time
+
+
+class Log(Protocol):
+    """Where sentences for the report go."""
+
+    notes: list[str]
+
+
+def improve(
+    shop: Workshop, request: Request, best: Attempt, opened: Opened, log: Log
+) -> tuple[Workshop, Attempt]:
+    """The best attempt with all that helps, and the working state that it belongs to."""
+    recipe = shop.recipe
+    if opened.samples is None or len(best.plan.of(Form.STATIC, Form.DYNAMIC)) > LARGE:
+        return shop, best
+    if recipe.smooth and best.plan.of(Form.DYNAMIC):
+        shop, best = _smoothed(shop, request, best, opened, log)
+    return shop, best
+
+
+def _rewritten(shop: Workshop, opened: Opened, step: Pass) -> tuple[Workshop, set[str]]:
+    """The working state after a pass that keeps the float function, and the tensors that it rescaled."""
+    prepared = shop.prepared.clone()
+    outcome = run_pass(step, prepared)
+    if not outcome.changed:
+        return shop, set()
+    return shop.variant(prepared, probe(prepared, opened.feed)), outcome.rescaled
+
+
+def _smoothed(
+    shop: Workshop, request: Request, best: Attempt, opened: Opened, log: Log
+) -> tuple[Workshop, Attempt]:
+    """Scales of the inputs of products moved to their weights."""
+    assert shop.samples is not None
+    products = [e.node for e in best.plan.of(Form.DYNAMIC) if _is_product(shop, e.node)]
+    with shop.progress.stage("smoothing"):
+        found = solve_smoothing(
+            shop.prepared, shop.facts, products, shop.samples.few(_FEEDS), shop.held_out(_QUICK),
+            weight=shop.target.weight, saturating=shop.target.saturating, threads=shop.recipe.threads,
+        )  # fmt: skip
+    if best.db >= _FREE_DB:
+        found = {name: item for name, item in found.items() if item.fold}
+    if not found:
+        return shop, best
+    whole, rescaled = _rewritten(shop, opened, SmoothLinear(found))
+    known = whole.observe_again(rescaled)
+
+    def build(names: Sequence[str]) -> Workshop:
+        part, changed = _rewritten(shop, opened, SmoothLinear({n: found[n] for n in names}))
+        part.replace({name: stats for name, stats in known.items() if name in changed})
+        return part
+
+    return _keep(build, list(found), shop, request, best, log, "inputs of products smoothed")
+
+
+def _keep(
+    build: Callable[[Sequence[str]], Workshop], names: Sequence[str], shop: Workshop, request: Request,
+    best: Attempt, log: Log, what: str,
+) -> tuple[Workshop, Attempt]:  # fmt: skip
+    shops: dict[int, Workshop] = {}
+
+    def judge(chosen: Sequence[str]) -> Attempt:
+        changed = build(chosen)
+        attempt = changed.attempt(changed.plan(_same(request, best.plan)), best.ranging, best.form)
+        changed.judge(attempt, _QUICK)
+        shops[id(attempt)] = changed
+        step(1, None)
+        return attempt
+
+    with shop.progress.stage(f"trying: {what}", _TRIES) as step:
+        try:
+            found = accept(names, judge, best, most=_TRIES)
+        except ModelError as error:
+            logger.warning("%s: %s", what, error)
+            return shop, best
+    if not found.kept:
+        return shop, best
+    log.notes.append(
+        f"{len(found.kept)} of {len(names)} {what}: {best.db:.1f} -> {found.best.db:.1f} dB."
+    )
+    return shops[id(found.best)], found.best
+
+
+def _same(request: Request, plan: Plan) -> Request:
+    """The request for the forms of a plan: what helps is judged with all else as it was."""
+    forms = {e.node: Form.STATIC if e.form is Form.FREE else e.form for e in plan.nodes}
+    chosen = (Form.STATIC, Form.DYNAMIC, Form.FLOAT)
+    return dataclasses.replace(
+        request, forms={**{n: f for n, f in forms.items() if f in chosen}, **request.forms}
+    )
+
+
+def _is_product(shop: Workshop, name: str) -> bool:
+    item = shop.found.get(name)
+    return isinstance(item, Candidate) and item.role == "dynamic"

@@ -1,0 +1,112 @@
+"""Measures attempts against the limits: accuracy on held-out samples or by the user's metric, time, size."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+from qcompile.budget import Budget, Point, budget_of
+from qcompile.graph import io
+from qcompile.opened import Opened
+from qcompile.plan.candidates import Candidate
+from qcompile.plan.plan import Form
+from qcompile.run.session import Feed
+from qcompile.verify.latency import Timing, race, typical_feeds
+from qcompile.verify.metric import Metric, Score
+from qcompile.workshop import Attempt, Workshop
+
+_SECONDS = 0.8  # that a point is timed
+
+
+class Standing(NamedTuple):
+    """An attempt, the point that it reached, and the working state that it was made in."""
+
+    shop: Workshop
+    attempt: Attempt
+    point: Point
+
+
+class Referee:
+    """Measures, and remembers every point and the best attempt."""
+
+    def __init__(self, opened: Opened, metric: Metric | None) -> None:
+        self._opened, self.metric = opened, metric
+        self._end = time.perf_counter() + opened.recipe.search_time
+        self._float: Score | None = None
+        self._budget: Budget | None = None
+        self.points: list[Point] = []
+        self.best: Standing | None = None
+
+    def start(self) -> None:
+        """The time for the search begins."""
+        self._end = time.perf_counter() + self._opened.recipe.search_time
+
+    @property
+    def expired(self) -> bool:
+        """Whether the time for the search is over."""
+        return time.perf_counter() >= self._end
+
+    @property
+    def reference(self) -> Score | None:
+        """The float model's metric; None without one."""
+        if self._float is None and self.metric is not None:
+            self._float = self.metric.of(self._opened.session)
+        return self._float
+
+    @property
+    def budget(self) -> Budget:
+        """The limits, made absolute by the float model's figures; known once a point was measured."""
+        assert self._budget is not None
+        return self._budget
+
+    def measure(
+        self, shop: Workshop, attempt: Attempt, what: str, limit: int | None = None
+    ) -> Point:
+        """The attempt judged on all held-out samples (or `limit`), scored and timed; it may become the best one."""
+        comparison = shop.judge(attempt, limit)
+        timings = [self._race(attempt, feed) for feed in self._feeds()]
+        worst = min(timings, key=lambda t: t.speedup["result"])
+        attempt.speedup = worst.speedup["result"]
+        score = None if self.metric is None else self.metric.of(attempt.session)
+        if self._budget is None:
+            opened = self._opened
+            size = (
+                io.weight_bytes(opened.original)
+                if opened.path is None
+                else io.file_bytes(opened.path)
+            )
+            known = None if self.reference is None else self.reference.value
+            self._budget = budget_of(
+                opened.recipe, metric=known, ms=worst.ms["fp32"], mb=size / 1e6
+            )
+        drop, sigma = comparison.drop, None
+        if score is not None and self.reference is not None and self.metric is not None:
+            drop = self.reference.drop(score, lower_is_better=self.metric.lower_is_better)
+            sigma = self.reference.sigma(score)
+        db = comparison.worst_db
+        integer = attempt.plan.of(Form.STATIC, Form.DYNAMIC, Form.WEIGHT)
+        point = Point(
+            what, len(integer), _floats(shop, attempt), None if db == float("inf") else db, drop,
+            comparison.divergence, None if score is None else score.value, sigma, worst.ms["result"],
+            attempt.speedup, io.model_bytes(attempt.model) / 1e6,
+        )  # fmt: skip
+        point = Point(**{**vars(point), "misses": self.budget.misses(point)})
+        self.points.append(point)
+        if self.best is None or self.budget.best([self.best.point, point]):
+            self.best = Standing(shop, attempt, point)
+        return point
+
+    def _race(self, attempt: Attempt, feed: Feed) -> Timing:
+        sessions = {"fp32": self._opened.session, "result": attempt.session}
+        return race(sessions, feed, seconds=_SECONDS)
+
+    def _feeds(self) -> list[Feed]:
+        samples = self._opened.samples
+        feeds = [self._opened.feed] if samples is None else list(samples.held_out())
+        return [feed for _, feed in typical_feeds(feeds)]
+
+
+def _floats(shop: Workshop, attempt: Attempt) -> int:
+    """Nodes that stay float and could be integer."""
+    found = (shop.found.get(entry.node) for entry in attempt.plan.of(Form.FLOAT))
+    return sum(isinstance(item, Candidate) and item.role != "free" for item in found)

@@ -93,6 +93,7 @@ def compile_model(
         raise DataError("every held-out sample is bad: give more samples with --data.")
     calibrated = frozenset(entry.node for entry in widest.of(Form.STATIC, Form.FREE))
     request = dataclasses.replace(request, only=calibrated)
+    request = shop.timed(request)
     draft = shop.plan(request)
     opened.notes.extend(unmet(request.forms, draft))
     shop, best, history = search.find_best(shop, request, draft, opened, metric)

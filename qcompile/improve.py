@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from passes.scale_channels import ScaleChannels
 from passes.smooth_linear import SmoothLinear
 from qcompile.accept import accept
 from qcompile.errors import ModelError
@@ -19,6 +20,7 @@ from qcompile.plan.candidates import Candidate
 from qcompile.plan.make import Request
 from qcompile.plan.plan import Form, Plan
 from qcompile.run.probe import probe
+from qcompile.solve.channels import channel_groups, channel_scales
 from qcompile.solve.smoothing import solve_smoothing
 from qcompile.step import Pass, run_pass
 from qcompile.workshop import LARGE, Attempt, Workshop
@@ -43,6 +45,8 @@ def improve(
     recipe = shop.recipe
     if opened.samples is None or len(best.plan.of(Form.STATIC, Form.DYNAMIC)) > LARGE:
         return shop, best
+    if recipe.equalize and best.plan.of(Form.STATIC):
+        shop, best = _equalized(shop, request, best, opened, log)
     if recipe.smooth and best.plan.of(Form.DYNAMIC):
         shop, best = _smoothed(shop, request, best, opened, log)
     return shop, best
@@ -55,6 +59,30 @@ def _rewritten(shop: Workshop, opened: Opened, step: Pass) -> tuple[Workshop, se
     if not outcome.changed:
         return shop, set()
     return shop.variant(prepared, probe(prepared, opened.feed)), outcome.rescaled
+
+
+def _equalized(
+    shop: Workshop, request: Request, best: Attempt, opened: Opened, log: Log
+) -> tuple[Workshop, Attempt]:
+    """Scales of channels folded into the neighbouring weights."""
+    groups, refused = channel_groups(shop.prepared, shop.facts)
+    logger.info("channel scales: %d groups, %d refused", len(groups), len(refused))
+    scales = channel_scales(shop.prepared, groups, shop.observed)
+    if not scales:
+        return shop, best
+    whole, rescaled = _rewritten(shop, opened, ScaleChannels(shop.facts, scales))
+    known = whole.observe_again(rescaled)
+
+    def build(names: Sequence[str]) -> Workshop:
+        part, changed = _rewritten(
+            shop, opened, ScaleChannels(shop.facts, {n: scales[n] for n in names})
+        )
+        part.replace({name: stats for name, stats in known.items() if name in changed})
+        return part
+
+    return _keep(
+        build, list(scales), shop, request, best, log, "channel scales folded into weights"
+    )
 
 
 def _smoothed(

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from passes.scale_channels import ScaleChannels
 from qcompile.build import Format, Solution, build
 from qcompile.calib.moments import rounding_shift
 from qcompile.calib.observe import Observed, Settings, observe
@@ -36,6 +37,7 @@ from qcompile.solve.needs import named, notes_on, wanted
 from qcompile.solve.weights import InputMoments, Weight, solve_weights
 from qcompile.step import Need, Pass
 from qcompile.targets.schema import Target
+from qcompile.timing import kernel_times
 from qcompile.verify.compare import Comparison, Reference
 from qcompile.verify.slices import concat_behind, parts_of
 
@@ -105,7 +107,7 @@ class Workshop:
         self.prepared, self.target, self.facts, self.recipe = prepared, target, facts, recipe
         self.samples, self.reference, self.progress = samples, reference, progress
         self.found = find_candidates(prepared, target, facts)
-        self.steps: Sequence[Pass] = PASSES  # whose needs are gathered
+        self.steps: Sequence[Pass] = (*PASSES, ScaleChannels(facts))  # whose needs are gathered
         self.stored = stored  # gathered before, in place of samples that calibrate
         self.stats: Mapping[str, TensorStats] = {}
         self.lacking: frozenset[str] = frozenset()  # coded tensors of which nothing is known
@@ -137,6 +139,20 @@ class Workshop:
         if not draft.of(Form.STATIC, Form.FREE):
             return draft
         return self.plan(dataclasses.replace(request, gain=6.0, border=0.2))
+
+    def timed(self, request: Request) -> Request:
+        """The request with this machine's times of kernels in place of the target's costs.
+
+        Targets of another machine keep their costs.
+        """
+        if not self.target.fits_here():
+            return request
+        with self.progress.stage("timing kernels") as step:
+            times = kernel_times(
+                self.prepared, self.found, self.target, self.facts, threads=self.recipe.threads,
+                tick=lambda *_: step(1, None),
+            )  # fmt: skip
+        return dataclasses.replace(request, measured=times.nodes, border=times.border)
 
     def calibrate(self, plan: Plan) -> tuple[str, ...]:
         """Statistics of every tensor that the plan, or any with fewer integer nodes, may need; notes on them.

@@ -28,6 +28,9 @@ _WORTH_IT = 1.2  # speed-up that leaving nodes float for accuracy must not go be
 _STILL = 0.96  # share of a speed-up below that which accuracy may still cost
 _LEAST = 1.03
 _WORTH_DB = 1.5  # short of the goal, nodes are left float only for this much
+_TRIES = 6  # plans of less noise
+_DIFFER = 0.01  # of the decisions on held-out samples, may differ from the float model's
+_FEW = 1  # of them: so few tell nothing
 _FAST = 1.4  # below, measured costs may find a better plan
 _ROUNDS = 3  # of planning again with measured costs
 
@@ -79,7 +82,7 @@ def find_best(
         referee.measure(shop, best, "the result")
         history.blame = frontier.blame(None if found is None else found.noise)
     else:
-        if found is not None and goal and best.db < goal:
+        if found is not None and goal and not met(best, goal):
             best = _more_accurate(shop, request, best, found, goal, opened, history)
         best = _choose_format(shop, best, opened, history)
     return shop, best, history
@@ -177,23 +180,34 @@ def _more_accurate(
     shop: Workshop, request: Request, best: Attempt, found: tune.Sensitivity, goal: float,
     opened: Opened, history: History,
 ) -> Attempt:  # fmt: skip
-    """Leaves the most harmful nodes float until the goal is met, as long as the result stays fast."""
+    """Leaves the most harmful nodes float until the goal is met, as long as the result stays fast.
+
+    Plans of rising price of noise are halved in turn; of those that reach the goal the fastest is taken, and if none
+    does, the most accurate one that is worth it.
+    """
     start = best
-    with shop.progress.stage("trading speed for accuracy") as step:
-        for aim in (goal, (start.db + goal) / 2):  # where the goal costs too much, half the way
-            for plan in tune.cheaper_noise(shop, request, start, found.noise, aim):
-                attempt = shop.attempt(plan, start.ranging, start.form)
-                shop.judge(attempt, _QUICK)
-                attempt.speedup = _speed(attempt, opened)
-                step(1, None)
-                gained = attempt.db >= aim or attempt.db >= best.db + _WORTH_DB
-                enough = min(_WORTH_IT, max(_STILL * start.speedup, _LEAST))
-                if gained and attempt.db > best.db and attempt.speedup >= enough:
-                    best = attempt
-                if best.db >= aim:
-                    break
-            if best is not start:
-                break
+    enough = min(_WORTH_IT, max(_STILL * start.speedup, _LEAST))
+    rungs = frontier.ladder(shop, request, found.noise, start.plan)
+    low, high = 0, len(rungs)
+    tried: list[Attempt] = []
+    with shop.progress.stage("trading speed for accuracy", _TRIES) as step:
+        while low + 1 < high and len(tried) < _TRIES:
+            middle = (low + high) // 2
+            attempt = shop.attempt(rungs[middle].plan, start.ranging, start.form)
+            shop.judge(attempt, _QUICK)
+            attempt.speedup = _speed(attempt, opened)
+            tried.append(attempt)
+            step(1, None)
+            if met(attempt, goal) or attempt.speedup < enough:
+                high = middle
+            else:
+                low = middle
+    fast = [a for a in tried if a.speedup >= enough and a.noise < start.noise]
+    good = [a for a in fast if met(a, goal)]
+    if good:
+        best = max(good, key=lambda a: a.speedup)
+    elif fast and min(fast, key=lambda a: a.noise).db >= start.db + _WORTH_DB:
+        best = min(fast, key=lambda a: a.noise)
     if best is not start:
         more = len(best.plan.of(Form.FLOAT)) - len(start.plan.of(Form.FLOAT))
         history.notes.append(
@@ -201,6 +215,14 @@ def _more_accurate(
             f"{start.speedup:.2f}x -> {best.speedup:.2f}x (--sqnr-goal 0 turns this off)."
         )
     return best
+
+
+def met(attempt: Attempt, goal: float) -> bool:
+    """Whether an attempt has so many decibels, and nearly all decisions are those of the float model."""
+    comparison = attempt.comparison
+    assert comparison is not None
+    allowed = max(_FEW, int(_DIFFER * comparison.decisions))
+    return comparison.worst_db >= goal and comparison.differing <= allowed
 
 
 def _choose_format(shop: Workshop, best: Attempt, opened: Opened, history: History) -> Attempt:

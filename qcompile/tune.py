@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Iterator
 
 import onnx_ir as ir
@@ -13,7 +12,6 @@ from qcompile.calib.ranges import METHODS
 from qcompile.calib.taps import with_outputs
 from qcompile.errors import ModelError
 from qcompile.graph.edit import is_op
-from qcompile.plan.make import Request
 from qcompile.plan.plan import Form, Plan
 from qcompile.quant.scheme import QParams, Scheme
 from qcompile.verify.local import LocalErrors, best_methods
@@ -108,47 +106,6 @@ def tune_ranges(shop: Workshop, best: Attempt, found: Sensitivity) -> dict[str, 
         return improve_ranges(
             found.meter, found.noise, alternatives, most=_TENSORS, tick=lambda: step(1, None)
         )
-
-
-def cheaper_noise(
-    shop: Workshop, request: Request, best: Attempt, noise: Noise, goal_db: float
-) -> Iterator[Plan]:
-    """Plans of falling noise, the first one predicted to reach the goal, each later one aiming lower.
-
-    The price of noise is raised until the sum of the chosen sites' noise is low enough; for each price
-    the plan is the optimum of speed plus price times noise.
-    """
-    single = by_tensor(shop, best.plan, noise)
-    predicted_all = sum(noise.sites.values()) + noise.weights
-    # what the prediction misses (weights of float nodes, interaction) is taken from the full attempt
-    factor = min(max(best.noise / predicted_all, 0.25), 4.0) if predicted_all > 0 else 1.0
-    tried: set[tuple[Form, ...]] = {tuple(e.form for e in best.plan.nodes)}
-    for margin in (1.0, 1.6, 3.0):
-        goal = 10 ** (-goal_db / 10) / margin / factor
-        plan = _least_price(shop, request, noise, single, goal)
-        forms = tuple(e.form for e in plan.nodes)
-        if forms not in tried and plan.quantizes:
-            tried.add(forms)
-            yield plan
-
-
-def _least_price(
-    shop: Workshop, request: Request, noise: Noise, single: dict[str, float], goal: float
-) -> Plan:
-    low, high = 1e3, 1e12  # nanoseconds a unit of noise
-    best: Plan | None = None
-    for _ in range(_PRICES):
-        price = math.sqrt(low * high)
-        plan = shop.plan(dataclasses.replace(request, noise=single, price=price))
-        if noise_of(shop, plan, noise, single) <= goal:
-            best, high = plan, price
-        else:
-            low = price
-        if high / low < 1.1:
-            break
-    if best is None:
-        best = shop.plan(dataclasses.replace(request, noise=single, price=high))
-    return best
 
 
 def by_tensor(shop: Workshop, plan: Plan, noise: Noise) -> dict[str, float]:

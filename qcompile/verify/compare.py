@@ -57,6 +57,12 @@ class Comparison:
         return sum(e.decisions - e.same for e in found)
 
     @property
+    def decisions(self) -> int:
+        """Decisions of outputs with scores of classes."""
+        found = (e for errors in self.outputs.values() for e in errors if e.part.decides)
+        return sum(e.decisions for e in found)
+
+    @property
     def drop(self) -> float:
         """What is lost of the output that lost most, 0 to 1: see `Error.drop`."""
         if self.worst_db == -np.inf:

@@ -29,7 +29,7 @@ _IMAGE = ("size", "resize", "crop", "mean", "std", "scale", "layout", "color")
 _DATA = ("samples", "tokenizer", "max_tokens")
 _OWN = (
     "ranges", "target", "threads", "format", "sqnr_goal", "min_sqnr", "memory", "skip_bad", "max_drop", "metric",
-    "lower_is_better", "max_size", "max_latency", "objective", "search_time", "equalize", "smooth", "rounding",
+    "lower_is_better", "max_size", "max_latency", "objective", "search_time", "equalize", "smooth",
 )  # fmt: skip
 
 
@@ -303,7 +303,6 @@ def _add_choices(parser: Parser) -> None:
     for name, what in (
         ("equalize", "do not fold scales of channels into the weights of convolutions"),
         ("smooth", "do not move scales of the inputs of products to their weights (SmoothQuant)"),
-        ("rounding", "do not search the rounding of weights"),
     ):
         group.add_argument(f"--no-{name}", dest=name, action="store_false", default=None, help=what)
 

@@ -180,7 +180,7 @@ def test_data_given_as_well(model: Path) -> None:
     alone, _ = compiled(model, "a.onnx", stats=stats)
     both, result = compiled(model, "b.onnx", stats=stats, data=pictures())
     assert alone == both
-    assert result.notes == []
+    assert not any("statistics" in note for note in result.notes)
     other = pictures(5)
     with pytest.raises(DataError) as caught:
         compiled(model, "c.onnx", stats=stats, data=other)

@@ -12,9 +12,8 @@ from networks import from_text
 from rewrites import parse
 from workbench import PAD, Bench, images, plant, small_cnn, weight, workbench
 
-from qcompile import tune
+from qcompile import frontier, tune
 from qcompile.errors import ModelError
-from qcompile.plan.plan import Form, Plan
 from qcompile.verify.sensitivity import Noise
 from qcompile.workshop import Attempt, Ranging
 
@@ -113,14 +112,6 @@ def test_good_ranges_are_left_alone() -> None:
 # ---- left float
 
 
-@dataclasses.dataclass
-class Fixed:
-    """An attempt whose noise is given."""
-
-    plan: Plan
-    noise: float
-
-
 def planted() -> Bench:
     """`bad` adds a tensor whose first channel is a thousand times as large, and `pick` drops that channel."""
     k = weight(4, 4, 3, 3)
@@ -142,11 +133,11 @@ def test_a_planted_bad_tensor_is_found_and_left_float() -> None:
     assert found is not None
     worst = sorted(found.noise.sites, key=lambda name: -found.noise.sites[name])[:2]
     assert set(worst) == {"a", "b"}
-    plans = list(tune.cheaper_noise(made.shop, made.request, best, found.noise, 20.0))
-    assert plans
-    assert {made.forms(plans[0])[name] for name in ("wide", "bad", "pick")} == {"float"}
-    assert made.forms(plans[0])["body"] == "static"
-    better = made.shop.attempt(plans[0], Ranging("minmax"), "fused")
+    rungs = frontier.ladder(made.shop, made.request, found.noise, best.plan)
+    quiet = next(rung.plan for rung in rungs if rung.noise < 0.01)
+    assert {made.forms(quiet)[name] for name in ("wide", "bad", "pick")} == {"float"}
+    assert made.forms(quiet)["body"] == "static"
+    better = made.shop.attempt(quiet, Ranging("minmax"), "fused")
     made.shop.judge(better)
     assert better.db > 20
 
@@ -156,13 +147,14 @@ def test_plans_of_falling_noise(bench: Bench) -> None:
     best = attempt(bench)
     found = tune.sensitivity(bench.shop, bench.draft, Ranging("minmax"))
     assert found is not None
-    plans = list(tune.cheaper_noise(bench.shop, bench.request, best, found.noise, best.db + 2))
-    forms = [tuple(e.form for e in plan.nodes) for plan in (bench.draft, *plans)]
+    rungs = frontier.ladder(bench.shop, bench.request, found.noise, best.plan)
+    assert rungs[0].plan is best.plan
+    forms = [tuple(e.form for e in rung.plan.nodes) for rung in rungs]
+    assert len(forms) > 1
     assert len(set(forms)) == len(forms)
-    assert all(plan.quantizes for plan in plans)
-    floats = [len(plan.of(Form.FLOAT)) for plan in plans]
-    assert floats == sorted(floats)
-    assert floats[0] > 0
+    assert all(rung.plan.quantizes for rung in rungs)
+    noises = [rung.noise for rung in rungs]
+    assert noises == sorted(noises, reverse=True)
 
 
 def test_the_least_that_reaches_the_goal() -> None:
@@ -170,6 +162,6 @@ def test_the_least_that_reaches_the_goal() -> None:
     made = workbench(small_cnn(), images())
     noise = Noise(dict.fromkeys(["x", "r", "s", "m", "c", "y"], 1e-5), [], weights=0.0, total=1e-3)
     noise.sites["y"] = 1e-2
-    best = Fixed(made.draft, sum(noise.sites.values()))  # as predicted
-    plan = next(tune.cheaper_noise(made.shop, made.request, best, noise, 30.0))  # type: ignore[arg-type]
+    rungs = frontier.ladder(made.shop, made.request, noise, made.draft)
+    plan = rungs[1].plan
     assert [name for name, form in made.forms(plan).items() if form == "float"] == ["add"]

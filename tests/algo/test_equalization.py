@@ -1,0 +1,83 @@
+"""Scales of channels: the closed form, and less rounding noise on made-up layers than without."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qcompile.algo.equalization import (
+    Carrier,
+    Reader,
+    absorbed,
+    best_scale,
+    cross_layer,
+    predicted_error,
+)
+
+
+def test_cross_layer_makes_ranges_equal() -> None:
+    first, second = np.array([8.0, 1.0, 0.0]), np.array([2.0, 4.0, 1.0])
+    s = cross_layer(first, second)
+    np.testing.assert_allclose((first / s)[:2], (second * s)[:2])
+    assert s[2] == 1.0
+
+
+def layer(seed: int, channels: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    spread = 10 ** rng.uniform(-1.5, 0, channels)
+    return np.abs(rng.normal(size=(512, channels))) * spread, rng.normal(size=(8, channels))
+
+
+def carrier(x: np.ndarray, w: np.ndarray, *, dense: bool) -> Carrier:
+    reader = Reader((w**2).sum(axis=0), np.abs(w) if dense else None)
+    return Carrier(x.max(axis=0), (x**2).mean(axis=0), (reader,))
+
+
+def true_noise(x: np.ndarray, w: np.ndarray, s: np.ndarray) -> float:
+    """Rounding of both, simulated."""
+    step = (x / s).max() / 255
+    rows = np.abs(w * s).max(axis=1, keepdims=True) / 127
+    y = (np.rint(x / s / step) * step) @ (np.rint(w * s / rows) * rows).T
+    return float(((y - x @ w.T) ** 2).sum() / ((x @ w.T) ** 2).sum())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_less_noise_on_other_samples(seed: int) -> None:
+    x, w = layer(seed)
+    made = carrier(x[:256], w, dense=True)
+    s = best_scale([made])
+    assert s is not None
+    assert predicted_error([made], s) < predicted_error([made], np.ones(16))
+    assert true_noise(x[256:], w, s) < true_noise(x[256:], w, np.ones(16))
+
+
+def test_depthwise_readers_get_one_range() -> None:
+    x, w = layer(0)
+    s = best_scale([carrier(x, w, dense=False)])
+    assert s is not None
+    reach = x.max(axis=0) / s
+    np.testing.assert_allclose(reach, reach[0])
+
+
+@given(st.integers(0, 1000), st.floats(0.5, 6.0))
+def test_a_clip_is_not_reached_by_what_was_seen(seed: int, top: float) -> None:
+    x, w = layer(seed)
+    x = np.minimum(x, 1.0) * top
+    s = best_scale([carrier(x, w, dense=False)], limit=6.0)
+    if s is not None:
+        assert s.max() <= 1 + 1e-9
+        assert (x.max(axis=0) / s <= 6.0 + 1e-9).all()
+
+
+def test_alike_channels_are_left() -> None:
+    x = np.abs(np.random.default_rng(0).normal(size=(512, 16)))
+    assert best_scale([Carrier(np.ones(16), (x**2).mean(axis=0), (Reader(np.ones(16)),))]) is None
+
+
+def test_what_a_bias_can_give_away() -> None:
+    found = absorbed(
+        np.array([2.0, 0.5, -1.0]), np.array([5.0, 5.0, 5.0]), np.array([0.5, 0.5, 0.5])
+    )
+    np.testing.assert_allclose(found, [2.0, 0.5, 0.0])

@@ -195,7 +195,6 @@ def found_indices() -> onnx.ModelProto:
 def test_outputs_that_cannot_always_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of what was found, a result may find more or less: that is no error, and not silent either."""
     monkeypatch.setattr("qcompile.opened.load_target", costless)
-    monkeypatch.setattr("qcompile.workshop.Workshop.timed", lambda shop, request: request)
     feeds = images(10, side=32)
     feeds[9] = {"x": np.ones((1, 4, 32, 32), np.float32)}  # held out, and the same in both
     result = compile_model(found_indices(), feeds, recipe=QUICK)
@@ -208,7 +207,6 @@ def test_outputs_that_cannot_always_be_compared(monkeypatch: pytest.MonkeyPatch)
 def test_an_output_that_was_never_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is known of it: no success, and no crash."""
     monkeypatch.setattr("qcompile.opened.load_target", costless)
-    monkeypatch.setattr("qcompile.workshop.Workshop.timed", lambda shop, request: request)
     result = compile_model(found_indices(), images(10, side=32), recipe=QUICK)
     assert result.exit_code == INACCURATE
     assert "output 'i' never had the shape of the float model's." in result.warnings

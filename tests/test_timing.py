@@ -11,8 +11,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from lowering import constant, eager
-from networks import conv_net
+from networks import conv_net, samples
 from rewrites import parse, random_feed
+from workbench import workbench
 
 from qcompile import timing
 from qcompile.errors import ModelError
@@ -25,6 +26,7 @@ from qcompile.run.probe import Fact, probe
 from qcompile.run.profile import Kernel
 from qcompile.targets.schema import Boundary
 from qcompile.timing import Border, KernelTimes, kernel_times
+from qcompile.workshop import Workshop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -398,3 +400,17 @@ def test_borders_between_and_beyond_the_sizes() -> None:
     assert border.ns(border.quantize, (sizes[1] + sizes[2]) // 2) == pytest.approx(250.0)
     assert border.ns(border.quantize, 3 * sizes[3]) == pytest.approx(1200.0)
     assert border.ns(border.reorder, 1) == 0.0
+
+
+TIMED = Workshop.timed  # before the tests' own fixture replaces it
+
+
+def test_a_compilation_plans_with_measured_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = workbench(conv_net(), [{"x": image[None]} for image in samples()])
+    request = TIMED(bench.shop, bench.request)
+    assert {"/conv0/Conv", "/conv1/Conv", "/conv2/Conv"} <= request.measured.keys()
+    assert all(min(pair) >= 0 for pair in request.measured.values())
+    assert request.border > 0
+    elsewhere = dataclasses.replace(bench.request)
+    monkeypatch.setattr(type(bench.shop.target), "fits_here", lambda target: False)
+    assert TIMED(bench.shop, elsewhere) is elsewhere  # another machine's costs are the target's

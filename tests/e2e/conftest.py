@@ -9,7 +9,6 @@ from lowering import eager
 
 import qcompile.opened
 from qcompile.targets.schema import Boundary, Cost, Target
-from qcompile.workshop import Workshop
 
 
 @pytest.fixture
@@ -22,5 +21,3 @@ def eager_target(monkeypatch: pytest.MonkeyPatch) -> None:
         return dataclasses.replace(found, op=rows, boundary=Boundary(0, 0, 0, 0))
 
     monkeypatch.setattr(qcompile.opened, "load_target", free)
-    # measured times would take the place of these costs
-    monkeypatch.setattr(Workshop, "timed", lambda shop, request: request)

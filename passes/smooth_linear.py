@@ -2,8 +2,13 @@
 
     MatMul(x, W) = MatMul(x / s, s W)
 
-1/s goes into the node that makes x where that is possible: scale and bias of a LayerNormalization, a product with
-a constant vector, weight and bias of a linear layer. Else a Mul by 1/s is put before the products.
+1/s goes into constants before x where that is possible: see `qcompile.solve.smoothing`. Else a Mul by 1/s is put before
+the products. Channels K that are to stay float are zeros there and in W, and come back behind the bias,
+
+    Add(MatMul(x, W), b) = Add(Add(MatMul(x without K, W without K), b), MatMul(x_K, W_K))
+
+so that product and bias stay one pattern. The small product is written so that no integer kernel takes it: with a
+weight of three dimensions, or as a Gemm whose bias is the sum so far.
 """
 
 from __future__ import annotations
@@ -14,15 +19,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.graph.edit import Names, add_initializer, add_node, array, attribute, is_op
-from qcompile.solve.smoothing import (
-    Smoothing,
-    biased_product,
-    depth,
-    fold_target,
-    refusal,
-    takes_scale,
+from qcompile.graph.edit import (
+    Names,
+    add_initializer,
+    add_node,
+    array,
+    attribute,
+    is_op,
+    rank,
+    sole_user,
+    supersede,
 )
+from qcompile.solve.smoothing import Smoothing, depth, find_path, matrix, refusal, takers
 from qcompile.step import Outcome, Pass
 
 if TYPE_CHECKING:
@@ -43,112 +51,177 @@ class SmoothLinear(Pass):
     smoothings: Mapping[str, Smoothing]
 
     def apply(self, model: ir.Model) -> Outcome:
-        """See the class.
+        """See the class. Nodes that are changed already are left as they are.
 
         Skipped: groups whose products are not there, do not read the tensor, or have weights of another depth.
         """
-        outcome, names = Outcome(), Names(model)
-        by_name = {node.name: node for node in model.graph}
+        outcome, editor = Outcome(), _Editor(model)
         for tensor, smoothing in self.smoothings.items():
-            nodes = [by_name.get(name) for name in smoothing.group.nodes]
-            present = [node for node in nodes if node is not None]
-            if present and all(_MARK in node.metadata_props for node in present):
+            nodes = [editor.nodes[n] for n in smoothing.nodes if n in editor.nodes]
+            marked = [_MARK in node.metadata_props for node in nodes]
+            if marked and all(marked):
                 continue
-            why = _unfit(tensor, smoothing, nodes)
+            why = "some of them are smoothed already" if any(marked) else ""
+            why = why or _unfit(tensor, smoothing, nodes)
             if why:
-                outcome.skipped[smoothing.group.nodes[0]] = why
+                outcome.skipped[smoothing.nodes[0] if smoothing.nodes else tensor] = why
                 continue
-            _smooth(model.graph, names, present, smoothing, outcome)
+            outcome.rescaled |= editor.smooth(nodes, smoothing)
+            outcome.changed += smoothing.nodes
         return outcome
 
 
-def _unfit(tensor: str, smoothing: Smoothing, nodes: Sequence[ir.Node | None]) -> str:
-    scale = smoothing.scale
-    if not (np.isfinite(scale).all() and (scale > 0).all()):
-        return "its scale is not positive"
+def _unfit(tensor: str, smoothing: Smoothing, nodes: Sequence[ir.Node]) -> str:
+    scale, keep = smoothing.scale, smoothing.keep
+    if not nodes or len(nodes) < len(smoothing.nodes):
+        return "it is not in the graph"
     for node in nodes:
-        if node is None:
-            return "it is not in the graph"
         why = refusal(node)
         if why:
             return why
         if node.inputs[0] is None or node.inputs[0].name != tensor:
             return f"it does not read {tensor}"
-        if depth(node) != scale.size:
+        if scale.shape != (depth(node),):
             return f"its weight has {depth(node)} rows, the scale {scale.size}"
+    if not (np.isfinite(scale).all() and (scale > 0).all()):
+        return "its scale is not positive"
+    if keep and not 0 <= min(keep) <= max(keep) < scale.size:
+        return "there is no such channel to keep"
+    if keep and _rank(nodes, smoothing) < 2:
+        return f"how many dimensions {tensor} has is not known"
     return ""
 
 
-def _smooth(
-    graph: ir.Graph, names: Names, nodes: Sequence[ir.Node], smoothing: Smoothing, outcome: Outcome
-) -> None:
-    scale = smoothing.scale.astype(np.float64)
-    value = nodes[0].inputs[0]
-    assert value is not None
-    producer = value.producer()
-    # other changes may have put a reader beside those that were there when the place was chosen
-    if smoothing.fold and producer is not None and fold_target(value, nodes) == smoothing.fold:
-        _divide(graph, names, producer, scale)
-        outcome.changed.append(producer.name or "")
-        outcome.rescaled.add(value.name or "")
-    else:
-        _put_mul(graph, names, value, nodes, scale)
-    for node in nodes:
-        columns = scale[None, :] if attribute(node, "transB", 0) else scale[:, None]
-        _set(graph, names, node, 1, columns)
-        node.metadata_props[_MARK] = f"{smoothing.alpha:g}"
-        outcome.changed.append(node.name or "")
+def _rank(nodes: Sequence[ir.Node], smoothing: Smoothing) -> int:
+    """Of what the products read; 0 if unknown."""
+    if any(is_op(node, "Gemm") for node in nodes):
+        return 2
+    return rank(nodes[0].inputs[0]) or smoothing.rank
 
 
-def _put_mul(
-    graph: ir.Graph, names: Names, value: ir.Value, nodes: Sequence[ir.Node], scale: Array
-) -> None:
-    inverse = add_initializer(
-        graph, names, f"{value.name}_inverse_scale", (1 / scale).astype(np.float32)
-    )
-    order = {id(node): i for i, node in enumerate(graph)}
-    first = min(nodes, key=lambda node: order[id(node)])
-    made = add_node(
-        names, "Mul", [value, inverse], before=first, name=f"{first.name}_smooth", output=f"{value.name}_smooth"
-    )  # fmt: skip
-    made.outputs[0].type, made.outputs[0].shape = value.type, value.shape
-    for node in nodes:
-        node.replace_input_with(0, made.outputs[0])
+class _Editor:
+    """The edits of one model."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.graph, self.names = model.graph, Names(model)
+        self.nodes = {node.name or "": node for node in model.graph}
+        self.order = {name: i for i, name in enumerate(self.nodes)}
+
+    def smooth(self, nodes: Sequence[ir.Node], smoothing: Smoothing) -> set[str]:
+        """Products that fit, smoothed; names of the tensors whose values are others now."""
+        value = nodes[0].inputs[0]
+        assert value is not None
+        scale, keep = smoothing.scale.astype(np.float64), list(smoothing.keep)
+        folded = set() if keep else self.fold(value, smoothing)
+        rescaled = folded
+        if keep:
+            rescaled = self.side_paths(nodes, value, keep, _rank(nodes, smoothing))
+        if not folded:
+            inverse = 1 / scale
+            inverse[keep] = 0
+            self.put_mul(nodes, value, inverse)
+        scale[keep] = 0
+        done: dict[tuple[ir.Value | None, int], ir.Value] = {}  # a shared weight stays shared
+        for node in nodes:
+            axis = 1 if attribute(node, "transB", 0) else 0
+            key = (node.inputs[1], axis)
+            if key not in done:
+                done[key] = self.scaled(node.inputs[1], scale, axis)
+            node.replace_input_with(1, done[key])
+            node.metadata_props[_MARK] = "split" if keep else f"{smoothing.alpha or 0:g}"
+        return rescaled
+
+    def scaled(self, old: ir.Value | None, factor: Array, axis: int) -> ir.Value:
+        """A constant times a vector along an axis, as a new initializer: others may read the old one."""
+        values = array(old)
+        assert old is not None
+        assert values is not None
+        shape = [1] * values.ndim
+        shape[axis] = -1
+        made = (values.astype(np.float64) * factor.reshape(shape)).astype(values.dtype)
+        return add_initializer(self.graph, self.names, old.name or "weight", made)
+
+    def fold(self, value: ir.Value, smoothing: Smoothing) -> set[str]:
+        """The scale taken from constants before `value`, if they are where they were found; else nothing."""
+        place = smoothing.place
+        # other changes may have put a reader beside those that were there when the place was found
+        path = [] if place is None else find_path(value, place)
+        if place is None or not path:
+            return set()
+        taken = takers(path[-1])
+        factor = np.ones(taken[0].width)
+        factor[list(place.channels)] = 1 / smoothing.scale.astype(np.float64)
+        for taker in taken:
+            new = self.scaled(taker.node.inputs[taker.index], factor, taker.axis)
+            taker.node.replace_input_with(taker.index, new)
+        made = (*path, *(taker.node.outputs[0] for taker in taken))
+        return {v.name or "" for v in made}
+
+    def put_mul(self, nodes: Sequence[ir.Node], value: ir.Value, factor: Array) -> None:
+        """The products read `value` times a vector."""
+        first = min(nodes, key=lambda node: self.order[node.name or ""])
+        constant = add_initializer(
+            self.graph, self.names, f"{value.name}_inverse_scale", factor.astype(np.float32)
+        )
+        made = add_node(
+            self.names, "Mul", [value, constant], before=first, name=f"{first.name}_smooth",
+            output=f"{value.name}_smooth",
+        ).outputs[0]  # fmt: skip
+        made.type, made.shape = ir.TensorType(ir.DataType.FLOAT), value.shape
+        for node in nodes:
+            node.replace_input_with(0, made)
+
+    def side_paths(
+        self, nodes: Sequence[ir.Node], value: ir.Value, keep: list[int], dims: int
+    ) -> set[str]:
+        """The share of these channels of `value` is added behind the products, and behind their biases."""
+        first = min(nodes, key=lambda node: self.order[node.name or ""])
+        index = add_initializer(
+            self.graph, self.names, f"{first.name}_kept", np.array(keep, np.int64)
+        )
+        kept = add_node(
+            self.names, "Gather", [value, index], before=first, name=f"{first.name}_keep",
+            output=f"{value.name}_kept", attributes={"axis": -1},
+        ).outputs[0]  # fmt: skip
+        kept.type = ir.TensorType(ir.DataType.FLOAT)
+        if value.shape is not None:
+            kept.shape = ir.Shape([*value.shape[:-1], len(keep)])
+        for node in nodes:
+            tail = _behind_bias(node, dims)
+            rows = matrix(node)[keep] if dims == 2 else matrix(node)[keep][None]
+            weight = add_initializer(self.graph, self.names, f"{node.name}_kept_weight", rows)
+            self.add_share(node, tail, kept, weight, dims)
+        return {node.outputs[0].name or "" for node in nodes}
+
+    def add_share(
+        self, node: ir.Node, tail: ir.Node, kept: ir.Value, weight: ir.Value, dims: int
+    ) -> None:
+        """What `tail` makes is the sum of that and of the small product."""
+        old = tail.outputs[0]
+        name, wish = f"{node.name}_kept", f"{old.name}_kept"
+        if dims == 2:
+            last = add_node(
+                self.names, "Gemm", [kept, weight, old], after=tail, name=name, output=wish
+            )
+        else:
+            share = add_node(
+                self.names, "MatMul", [kept, weight], after=tail, name=name, output=wish
+            )
+            share.outputs[0].type, share.outputs[0].shape = old.type, old.shape
+            last = add_node(
+                self.names, "Add", [old, share.outputs[0]], after=share, name=f"{name}_add",
+                output=f"{wish}_added",
+            )  # fmt: skip
+        supersede(old, last.outputs[0])
+        last.replace_input_with(2 if dims == 2 else 0, old)
 
 
-def _divide(graph: ir.Graph, names: Names, node: ir.Node, scale: Array) -> None:
-    """The node's result is divided by the scale."""
-    assert takes_scale(node, scale.size)
-    if is_op(node, "LayerNormalization"):
-        for i in range(1, len(node.inputs)):
-            _set(graph, names, node, i, 1 / scale)
-    elif is_op(node, "Mul"):
-        vectors = [
-            i
-            for i, v in enumerate(node.inputs)
-            if (a := array(v)) is not None and a.size == scale.size
-        ]
-        _set(graph, names, node, vectors[0], 1 / scale)
-    elif is_op(node, "Add"):
-        product = biased_product(node)
-        assert product is not None
-        bias = 1 if node.inputs[0] is product.outputs[0] else 0
-        _set(graph, names, node, bias, 1 / scale)
-        _divide(graph, names, product, scale)
-    else:
-        rows = scale[:, None] if attribute(node, "transB", 0) else scale[None, :]
-        _set(graph, names, node, 1, 1 / rows)
-        if len(node.inputs) > 2 and node.inputs[2] is not None:
-            _set(graph, names, node, 2, 1 / scale)
-
-
-def _set(graph: ir.Graph, names: Names, node: ir.Node, index: int, factor: Array) -> None:
-    """The constant input is multiplied; as a new initializer, others may read the old one."""
-    old = node.inputs[index]
-    values = array(old)
-    if old is None or values is None:  # a LayerNormalization without a bias
-        return
-    made = (values.astype(np.float64) * factor.reshape(factor.shape)).astype(np.float32)
-    node.replace_input_with(
-        index, add_initializer(graph, names, old.name or "weight", made.reshape(values.shape))
-    )
+def _behind_bias(node: ir.Node, dims: int) -> ir.Node:
+    """The Add of a vector that alone reads a MatMul, which the planner takes for its bias; else the MatMul."""
+    user = sole_user(node.outputs[0]) if is_op(node, "MatMul") else None
+    if user is None or not is_op(user, "Add") or user.graph is not node.graph:
+        return node
+    constants = [values for value in user.inputs if (values := array(value)) is not None]
+    width = matrix(node).shape[1]
+    fits = [c.size == width and c.shape[-1:] == (width,) and c.ndim <= dims for c in constants]
+    return user if any(fits) else node

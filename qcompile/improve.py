@@ -149,5 +149,14 @@ def _same(request: Request, plan: Plan) -> Request:
 
 
 def _is_product(shop: Workshop, name: str) -> bool:
+    """Whether a node is a product that can be smoothed without a second copy of its weight.
+
+    A weight that products of other inputs read, or that is looked up as well, would be stored once for each scale.
+    """
     item = shop.found.get(name)
-    return isinstance(item, Candidate) and item.role == "dynamic"
+    if not isinstance(item, Candidate) or item.role != "dynamic":
+        return False
+    weight, x = item.node.inputs[1], item.node.inputs[0]
+    return weight is not None and all(
+        use.idx == 1 and use.node.inputs[0] is x for use in weight.uses()
+    )

@@ -86,6 +86,11 @@ def sole_user(value: ir.Value) -> ir.Node | None:
     return next(iter(uses)).node
 
 
+def read_once(value: ir.Value | None) -> bool:
+    """Whether one node alone reads a value: for a weight, a changed copy then takes the place of the old one."""
+    return value is not None and len(value.uses()) == 1 and not value.is_graph_output()
+
+
 def rank(value: ir.Value | None, steps: int = _STEPS) -> int | None:
     """The number of dimensions: as declared, or as follows from at most `steps` operators before."""
     if value is None or value.shape is not None:

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from qcompile.algo.equalization import MARGIN, Array, Carrier, Reader, best_scale
 from qcompile.calib.stats import TensorStats
-from qcompile.graph.edit import array, attribute, is_op, scalar, sole_user
+from qcompile.graph.edit import array, attribute, is_op, read_once, scalar, sole_user
 from qcompile.plan.candidates import clip_bounds
 from qcompile.run.probe import Fact
 
@@ -124,6 +124,8 @@ def _group(
         if node is None or node.graph is not model.graph:
             return "a tensor of it has no producer in the main graph"
         if is_op(node, "Conv") and array(node.inputs[1]) is not None and _bias_known(node):
+            if not read_once(node.inputs[1]):  # it would be stored twice
+                return "a Conv makes it whose weight others read"
             producers.append(node.name or "")
         elif not any(a in inside for a, b in _linked(node, facts) if b is value):
             return f"{node.op_type} makes a tensor of it"
@@ -136,6 +138,8 @@ def _group(
             if is_op(reader, "Conv") and use.idx == 0 and array(reader.inputs[1]) is not None:
                 if attribute(reader, "group", 1) > 1 and not is_depthwise(reader):
                     return "a grouped Conv reads it"
+                if not read_once(reader.inputs[1]):
+                    return "a Conv reads it whose weight others read"
                 consumers.append(reader.name or "")
             elif not any(a is value and b in inside for a, b in _linked(reader, facts)):
                 return f"{reader.op_type} reads it"

@@ -23,7 +23,7 @@ import onnx_ir as ir
 from qcompile.algo.smoothquant import Found, Sample, row_budget, search
 from qcompile.calib.moments import groups_within
 from qcompile.calib.taps import with_outputs
-from qcompile.graph.edit import array, attribute, graphs, ints, is_op, scalar
+from qcompile.graph.edit import array, attribute, graphs, ints, is_op, read_once, scalar
 from qcompile.quant.scheme import Scheme
 from qcompile.run.probe import Fact
 from qcompile.run.session import Feed, Options, Session
@@ -203,7 +203,7 @@ def takers(value: ir.Value) -> tuple[Taker, ...]:
     found: tuple[Taker, ...] = ()
     if node.op_type in _NORMS and node.domain in ("", "ai.onnx"):
         found = tuple(Taker(node, i, -1) for i in (1, 2) if _has(node, i))
-    elif is_op(node, "MatMul", "Gemm") and not refusal(node):
+    elif is_op(node, "MatMul", "Gemm") and not refusal(node) and read_once(node.inputs[1]):
         found = (Taker(node, 1, 0 if attribute(node, "transB", 0) else 1),)
         found += (Taker(node, 2, -1),) if _has(node, 2) else ()
     elif is_op(node, "Mul", "Add"):

@@ -48,6 +48,13 @@ def test_a_sum_ties_its_operands() -> None:
     assert [set(group.tensors) for group in groups] == [{"a", "c", "s"}]
 
 
+def test_a_weight_that_others_read_is_not_stored_twice() -> None:
+    text = f"{HEAD} <{V}> {{ [c0] a = Conv(x, v, b) [c1] c = Conv(x, v) r = Relu(a) [c3] d = Conv(r, w) [c4] e = Conv(c, w) y = Add(d, e) }}"
+    groups, refused = channel_groups(parse(text), facts(text))
+    assert groups == []
+    assert refused["a"] == "a Conv makes it whose weight others read"
+
+
 def test_refusals() -> None:
     text = f"{HEAD} <{V}> {{ [c0] a = Conv(x, v, b) r = Sigmoid(a) [c3] y = Conv(r, w) }}"
     assert_refuses(step(text), text, "Sigmoid reads it")

@@ -18,7 +18,7 @@ from qcompile.plan.plan import Form, Plan
 from qcompile.progress import Progress, Silent
 from qcompile.recipe import Recipe, load_recipe
 from qcompile.report import Result, check_folder
-from qcompile.verify.metric import load_metric
+from qcompile.verify.metric import load_metric, scored
 from qcompile.workshop import Workshop
 
 
@@ -72,6 +72,9 @@ def compile_model(
     if chosen.metric is not None:
         metric = load_metric(chosen.metric, lower_is_better=chosen.lower_is_better)
     opened = open_model(model, data, chosen, target, show, stats=stats, force=force)
+    if metric is not None:
+        with show.stage("scoring the float model"):
+            metric = scored(metric, opened.session)
     request = opened.request(plan)
     shop = Workshop(
         opened.prepared,

@@ -227,9 +227,10 @@ def _exit_code(
     history: History,
 ) -> tuple[int, str]:
     if history.points and history.points[-1].misses:
-        told = "; ".join(history.points[-1].misses)
-        accurate = told.startswith(("the size", "the latency"))
-        return INACCURATE, f"{told}. {'' if accurate else history.blame}".strip()
+        misses = history.points[-1].misses
+        costs = ("the size", "the latency")
+        blamed = history.blame if any(not miss.startswith(costs) for miss in misses) else ""
+        return INACCURATE, f"{'; '.join(misses)}. {blamed}".strip()
     if deployed.problems():
         return INACCURATE, deployed.problems()[0]
     if not best.plan.quantizes:

@@ -35,7 +35,7 @@ _REPAIRS = 12  # parts that are made integer again
 
 @dataclasses.dataclass(frozen=True)
 class Rung:
-    """A plan, and what is predicted of it: noise-to-signal ratio, nanoseconds of its candidates."""
+    """A plan, and the noise-to-signal ratio that is predicted of it."""
 
     plan: Plan
     noise: float
@@ -65,7 +65,6 @@ def within(
 
     What was found is `referee.best`; all that was measured is in `referee.points`.
     """
-    referee.start()
     first = referee.measure(shop, best, "the fastest plan")
 
     def measured(plan: Plan, what: str) -> Point | None:
@@ -206,4 +205,9 @@ def _with(shop: Workshop, request: Request, plan: Plan, forms: dict[str, Form]) 
         and entry.form is not Form.ABSORBED
     }
     wanted = {name: Form.STATIC if form is Form.FREE else form for name, form in fixed.items()}
-    return shop.plan(dataclasses.replace(request, forms={**wanted, **request.forms}))
+    reasons = dict.fromkeys(wanted, "left float for accuracy or speed")
+    return shop.plan(
+        dataclasses.replace(
+            request, forms={**wanted, **request.forms}, reasons={**reasons, **request.reasons}
+        )
+    )

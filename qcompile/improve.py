@@ -70,18 +70,12 @@ def _equalized(
     scales = channel_scales(shop.prepared, groups, shop.observed)
     if not scales:
         return shop, best
-    whole, rescaled = _rewritten(shop, opened, ScaleChannels(shop.facts, scales))
-    known = whole.observe_again(rescaled)
 
-    def build(names: Sequence[str]) -> Workshop:
-        part, changed = _rewritten(
-            shop, opened, ScaleChannels(shop.facts, {n: scales[n] for n in names})
-        )
-        part.replace({name: stats for name, stats in known.items() if name in changed})
-        return part
+    def step(names: Sequence[str]) -> Pass:
+        return ScaleChannels(shop.facts, {name: scales[name] for name in names})
 
     return _keep(
-        build, list(scales), shop, request, best, log, "channel scales folded into weights"
+        step, list(scales), shop, request, best, opened, log, "channel scales folded into weights"
     )
 
 
@@ -100,33 +94,33 @@ def _smoothed(
         found = {name: item for name, item in found.items() if item.fold}
     if not found:
         return shop, best
-    whole, rescaled = _rewritten(shop, opened, SmoothLinear(found))
-    known = whole.observe_again(rescaled)
 
-    def build(names: Sequence[str]) -> Workshop:
-        part, changed = _rewritten(shop, opened, SmoothLinear({n: found[n] for n in names}))
-        part.replace({name: stats for name, stats in known.items() if name in changed})
-        return part
+    def step(names: Sequence[str]) -> Pass:
+        return SmoothLinear({name: found[name] for name in names})
 
-    return _keep(build, list(found), shop, request, best, log, "inputs of products smoothed")
+    return _keep(step, list(found), shop, request, best, opened, log, "inputs of products smoothed")
 
 
 def _keep(
-    build: Callable[[Sequence[str]], Workshop], names: Sequence[str], shop: Workshop, request: Request,
-    best: Attempt, log: Log, what: str,
+    step: Callable[[Sequence[str]], Pass], names: Sequence[str], shop: Workshop, request: Request,
+    best: Attempt, opened: Opened, log: Log, what: str,
 ) -> tuple[Workshop, Attempt]:  # fmt: skip
+    """What helps of the changes that `step` makes for names; what it rescales is observed once, for all of them."""
     shops: dict[int, Workshop] = {}
 
     def judge(chosen: Sequence[str]) -> Attempt:
-        changed = build(chosen)
+        changed, names_changed = _rewritten(shop, opened, step(chosen))
+        changed.replace({name: stats for name, stats in known.items() if name in names_changed})
         attempt = changed.attempt(changed.plan(_same(request, best.plan)), best.ranging, best.form)
         changed.judge(attempt, _QUICK)
         shops[id(attempt)] = changed
-        step(1, None)
+        tick(1, None)
         return attempt
 
-    with shop.progress.stage(f"trying: {what}", _TRIES) as step:
+    with shop.progress.stage(f"trying: {what}", _TRIES) as tick:
         try:
+            whole, rescaled = _rewritten(shop, opened, step(names))
+            known = whole.observe_again(rescaled)
             found = accept(names, judge, best, most=_TRIES)
         except ModelError as error:
             logger.warning("%s: %s", what, error)
@@ -143,9 +137,11 @@ def _same(request: Request, plan: Plan) -> Request:
     """The request for the forms of a plan: what helps is judged with all else as it was."""
     forms = {e.node: Form.STATIC if e.form is Form.FREE else e.form for e in plan.nodes}
     chosen = (Form.STATIC, Form.DYNAMIC, Form.FLOAT)
+    reasons = {e.node: e.why for e in plan.of(Form.FLOAT)}
     return dataclasses.replace(
-        request, forms={**{n: f for n, f in forms.items() if f in chosen}, **request.forms}
-    )
+        request, forms={**{n: f for n, f in forms.items() if f in chosen}, **request.forms},
+        reasons={**reasons, **request.reasons},
+    )  # fmt: skip
 
 
 def _is_product(shop: Workshop, name: str) -> bool:

@@ -12,46 +12,33 @@ from qcompile.plan.candidates import Candidate
 from qcompile.plan.plan import Form
 from qcompile.run.session import Feed
 from qcompile.verify.latency import Timing, race, typical_feeds
-from qcompile.verify.metric import Metric, Score
+from qcompile.verify.metric import Metric
 from qcompile.workshop import Attempt, Workshop
 
 _SECONDS = 0.8  # that a point is timed
 
 
 class Standing(NamedTuple):
-    """An attempt, the point that it reached, and the working state that it was made in."""
+    """An attempt, and the point that it reached."""
 
-    shop: Workshop
     attempt: Attempt
     point: Point
 
 
 class Referee:
-    """Measures, and remembers every point and the best attempt."""
+    """Measures, and remembers every point and the best attempt; the time for the search begins with it."""
 
     def __init__(self, opened: Opened, metric: Metric | None) -> None:
         self._opened, self.metric = opened, metric
         self._end = time.perf_counter() + opened.recipe.search_time
-        self._float: Score | None = None
         self._budget: Budget | None = None
         self.points: list[Point] = []
         self.best: Standing | None = None
-
-    def start(self) -> None:
-        """The time for the search begins."""
-        self._end = time.perf_counter() + self._opened.recipe.search_time
 
     @property
     def expired(self) -> bool:
         """Whether the time for the search is over."""
         return time.perf_counter() >= self._end
-
-    @property
-    def reference(self) -> Score | None:
-        """The float model's metric; None without one."""
-        if self._float is None and self.metric is not None:
-            self._float = self.metric.of(self._opened.session)
-        return self._float
 
     @property
     def budget(self) -> Budget:
@@ -68,6 +55,7 @@ class Referee:
         worst = min(timings, key=lambda t: t.speedup["result"])
         attempt.speedup = worst.speedup["result"]
         score = None if self.metric is None else self.metric.of(attempt.session)
+        reference = None if self.metric is None else self.metric.reference
         if self._budget is None:
             opened = self._opened
             size = (
@@ -75,14 +63,14 @@ class Referee:
                 if opened.path is None
                 else io.file_bytes(opened.path)
             )
-            known = None if self.reference is None else self.reference.value
+            known = None if reference is None else reference.value
             self._budget = budget_of(
                 opened.recipe, metric=known, ms=worst.ms["fp32"], mb=size / 1e6
             )
         drop, sigma = comparison.drop, None
-        if score is not None and self.reference is not None and self.metric is not None:
-            drop = self.reference.drop(score, lower_is_better=self.metric.lower_is_better)
-            sigma = self.reference.sigma(score)
+        if score is not None and reference is not None and self.metric is not None:
+            drop = reference.drop(score, lower_is_better=self.metric.lower_is_better)
+            sigma = reference.sigma(score)
         db = comparison.worst_db
         integer = attempt.plan.of(Form.STATIC, Form.DYNAMIC, Form.WEIGHT)
         point = Point(
@@ -93,7 +81,7 @@ class Referee:
         point = Point(**{**vars(point), "misses": self.budget.misses(point)})
         self.points.append(point)
         if self.best is None or self.budget.best([self.best.point, point]):
-            self.best = Standing(shop, attempt, point)
+            self.best = Standing(attempt, point)
         return point
 
     def _race(self, attempt: Attempt, feed: Feed) -> Timing:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -80,17 +80,18 @@ def show_result(result: Result) -> None:
 
 
 def _show_points(console: Console, search: Mapping[str, Any]) -> None:
-    """The points of a search that no other beats, and the result."""
+    """The points of a search that no other beats, and the result; all columns are in the report."""
     rows = point_rows(search)
-    front = [i for i in search["pareto"] if i != len(rows) - 1]
+    scored = any(point["metric"] is not None for point in search["points"])
+    left_out = {"result", "float", *(() if scored else ("metric",))}
+    columns = [i for i, title in enumerate(POINT_COLUMNS, 1) if title not in left_out]
     table = Table(show_edge=False, pad_edge=False)
-    for title in ("trade-off", *POINT_COLUMNS[1:]):
-        table.add_column(
-            title, justify="left" if title in ("trade-off", "limits") else "right", no_wrap=True
-        )
-    for i in (*front, len(rows) - 1):
-        _, _, *cells = rows[i]
-        table.add_row("the result" if i == len(rows) - 1 else "", *map(escape, cells))
+    for title in ("trade-off", *(POINT_COLUMNS[i - 1] for i in columns)):
+        side: Literal["left", "right"] = "left" if title in ("trade-off", "limits") else "right"
+        table.add_column(title, justify=side, no_wrap=True)
+    last = len(rows) - 1
+    for i in (*(i for i in search["pareto"] if i != last), last):
+        table.add_row("the result" if i == last else "", *(escape(rows[i][c]) for c in columns))
     console.print(table)
     console.print(f"{len(rows)} results were compiled, run and timed")
 

@@ -26,7 +26,6 @@ _LARGE = 160  # sites: above, one sample and groups only, so that the time stays
 _GROUPS = 24
 _SINGLE = 40  # sites that are measured one by one
 _TENSORS = 12  # tensors whose range is searched one by one
-_PRICES = 20  # steps of the search for a price
 
 
 @dataclasses.dataclass

@@ -135,7 +135,8 @@ def limit(name: str, unit: str = "") -> Callable[[str], str]:
         try:
             parse_limit(text, name, unit)
         except RecipeError as error:
-            raise argparse.ArgumentTypeError(str(error).partition(": ")[2].rstrip(".")) from error
+            hint = str(error).partition(": ")[2].rstrip(".")
+            raise argparse.ArgumentTypeError(f"{text!r} is no limit: {hint}") from error
         return text
 
     return read

@@ -55,19 +55,6 @@ class Carrier:
     readers: tuple[Reader, ...]
 
 
-def cross_layer(first: Array, second: Array) -> Array:
-    """The scales that give both weights the same ranges: eq. 11 of the paper, for weights with one scale each.
-
-    Args:
-        first: range of each output channel of W1, (C,).
-        second: range of each input channel of W2, (C,).
-    """
-    dead = (first <= 0) | (second <= 0)
-    safe1, safe2 = np.where(dead, 1.0, first), np.where(dead, 1.0, second)
-    made: Array = np.where(dead, 1.0, np.sqrt(safe1 * safe2) / safe2)
-    return made
-
-
 def predicted_error(carriers: Sequence[Carrier], scale: Array) -> float:
     """The noise that rounding brings to the readers, relative to their power, summed over all of them.
 
@@ -127,13 +114,4 @@ def _reach(carriers: Sequence[Carrier], channels: int) -> Array:
         return np.ones(channels)
     reach = np.max(found, axis=0)
     made: Array = np.maximum(reach, _FLOOR * reach.max())
-    return made
-
-
-def absorbed(low: Array, mean: Array, deviation: Array) -> Array:
-    """The part of each channel's bias that the next layer can take: section 4.1.3 of the paper, (C,).
-
-    max(0, mean - 3 sigma), and no more than the least value seen, so that nothing seen is cut off.
-    """
-    made: Array = np.maximum(np.minimum(mean - 3 * deviation, low), 0.0)
     return made

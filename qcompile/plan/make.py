@@ -37,6 +37,7 @@ class Request:
         static: static forms are wanted.
         keep_float: node names -> why they must stay float.
         forms: forms that a person or a measurement fixed, by node name.
+        reasons: why `forms` has a node float, where that was no person's plan.
         dynamic: dynamic forms are allowed.
         noise: noise-to-signal ratio that the outputs get from rounding a tensor, or from a dynamic node.
         price: nanoseconds that one unit of noise costs; the plan then trades speed for accuracy.
@@ -50,6 +51,7 @@ class Request:
     static: bool = True
     keep_float: Mapping[str, str] = dataclasses.field(default_factory=dict)
     forms: Mapping[str, Form] = dataclasses.field(default_factory=dict)
+    reasons: Mapping[str, str] = dataclasses.field(default_factory=dict)
     dynamic: bool = True
     noise: Mapping[str, float] = dataclasses.field(default_factory=dict)
     price: float = 0.0
@@ -139,7 +141,7 @@ def _entry(
     if isinstance(item, str):
         return NodePlan(name, op, Form.FLOAT, why=item)
     if request.forms.get(name) == Form.FLOAT:
-        return NodePlan(name, op, Form.FLOAT, why="set in the plan")
+        return NodePlan(name, op, Form.FLOAT, why=request.reasons.get(name, "set in the plan"))
     for after in item.absorbed if name not in chosen else ():
         if after.name in request.keep_float or request.forms.get(after.name or "") == Form.FLOAT:
             return NodePlan(name, op, Form.FLOAT, why=f"{after.name} after it stays float")

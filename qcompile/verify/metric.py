@@ -46,11 +46,13 @@ class Metric:
         function: called with the session of a model; an array that it returns is averaged.
         name: for messages.
         lower_is_better: as for perplexity, or error rates.
+        reference: of the float model, once it was scored.
     """
 
     function: Function
     name: str
     lower_is_better: bool = False
+    reference: Score | None = None
 
     def of(self, session: Session) -> Score:
         """The metric of a model.
@@ -71,6 +73,15 @@ class Metric:
                 " with one a sample."
             )
         return Score(float(values.mean()), values.reshape(-1) if values.size > 1 else None)
+
+
+def scored(metric: Metric, session: Session) -> Metric:
+    """The metric with the float model's score, so that a function that fails does so before anything else is done.
+
+    Raises:
+        DataError: as `Metric.of`.
+    """
+    return dataclasses.replace(metric, reference=metric.of(session))
 
 
 def load_metric(source: str | Function, *, lower_is_better: bool) -> Metric:

@@ -10,18 +10,9 @@ from hypothesis import strategies as st
 from qcompile.algo.equalization import (
     Carrier,
     Reader,
-    absorbed,
     best_scale,
-    cross_layer,
     predicted_error,
 )
-
-
-def test_cross_layer_makes_ranges_equal() -> None:
-    first, second = np.array([8.0, 1.0, 0.0]), np.array([2.0, 4.0, 1.0])
-    s = cross_layer(first, second)
-    np.testing.assert_allclose((first / s)[:2], (second * s)[:2])
-    assert s[2] == 1.0
 
 
 def layer(seed: int, channels: int = 16) -> tuple[np.ndarray, np.ndarray]:
@@ -74,10 +65,3 @@ def test_a_clip_is_not_reached_by_what_was_seen(seed: int, top: float) -> None:
 def test_alike_channels_are_left() -> None:
     x = np.abs(np.random.default_rng(0).normal(size=(512, 16)))
     assert best_scale([Carrier(np.ones(16), (x**2).mean(axis=0), (Reader(np.ones(16)),))]) is None
-
-
-def test_what_a_bias_can_give_away() -> None:
-    found = absorbed(
-        np.array([2.0, 0.5, -1.0]), np.array([5.0, 5.0, 5.0]), np.array([0.5, 0.5, 0.5])
-    )
-    np.testing.assert_allclose(found, [2.0, 0.5, 0.0])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from numpy.typing import NDArray
 
-from qcompile.verify.metrics import Error, Part
+from qcompile.verify.metrics import Error, Part, divergence
 
 Array = NDArray[Any]
 F32 = np.float32
@@ -181,3 +181,45 @@ def test_a_part_is_a_view() -> None:
     np.testing.assert_array_equal(Part("p", 1, 1, 3).of(values), values[:, 1:3])
     assert Part("p", 1, 1, 3).of(values).base is not None
     assert Part("all").of(values) is values
+
+
+# ---- scores of classes
+
+
+@pytest.mark.parametrize("logits", [True, False])
+def test_divergence(logits: bool) -> None:
+    y, z = noisy(shape=(6, 5), noise=0.5)
+
+    def share(a: Array) -> Array:
+        wide = np.exp(a.astype(np.float64))
+        return wide / wide.sum(axis=-1, keepdims=True)
+
+    p, q = share(y), share(z)
+    wanted = [
+        sum(a * math.log(a / b) for a, b in zip(r, s, strict=True))
+        for r, s in zip(p, q, strict=True)
+    ]
+    found = divergence(y, z, logits=True) if logits else divergence(p, q, logits=False)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+def test_saturated_scores_have_little_noise_and_much_divergence() -> None:
+    """The SQNR of scores alone misleads: cut off at the top, more is right, and the order is lost."""
+    y = np.tile(np.array([[9.0, 8.8, -9.0, -9.0]], F32), (8, 1))
+    cut = np.minimum(y, 8.8)
+    noise = y + np.array([[0.3, 0.3, 0.3, 0.3]], F32)
+    part = Part("all", decides="logits")
+    first, second = error((y, cut), part=part), error((y, noise), part=part)
+    assert first.sqnr_db > second.sqnr_db
+    assert first.divergence is not None
+    assert second.divergence is not None
+    assert first.divergence > 100 * second.divergence
+
+
+def test_what_is_lost() -> None:
+    y, z = noisy(shape=(8, 10), noise=0.4)
+    decided = error((y, z), part=Part("all", decides="logits"))
+    assert decided.drop == pytest.approx((y.argmax(-1) != z.argmax(-1)).mean())
+    assert error((y, z)).drop == pytest.approx(1 - error((y, z)).cosine)
+    assert error((y, np.zeros_like(y))).drop == 1.0
+    assert error((y, np.full_like(y, np.nan)), part=Part("all", decides="logits")).drop == 1.0

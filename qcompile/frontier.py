@@ -84,7 +84,12 @@ def within(
     with shop.progress.stage("searching", _steps(len(rungs))) as tick:
         low, high = _bisect(rungs, best, referee, measured, tick)
         if high < len(rungs) and not referee.expired:
-            _refill(shop, request, noise, rungs[low], rungs[high], referee, measured)
+
+            def kept(plan: Plan, what: str) -> bool:
+                point = measured(plan, what)
+                return point is not None and _accurate(referee, point)
+
+            refill(shop, request, noise, (rungs[low], rungs[high]), kept, lambda: referee.expired)
 
 
 def blame(noise: Noise | None, most: int = 5) -> str:
@@ -155,11 +160,22 @@ def _guess(rungs: Sequence[Rung], best: Attempt, referee: Referee, low: int, hig
     return high - 1
 
 
-def _refill(
-    shop: Workshop, request: Request, noise: Noise, coarse: Rung, fine: Rung, referee: Referee,
-    measured: Callable[[Plan, str], Point | None],
+def refill(
+    shop: Workshop, request: Request, noise: Noise, rungs: tuple[Rung, Rung],
+    keeps: Callable[[Plan, str], bool], over: Callable[[], bool] = lambda: False, most: int = _REPAIRS,
 ) -> None:  # fmt: skip
-    """Parts of what `coarse` has integer and `fine` has not are added to `fine`, as long as the limits are kept."""
+    """Parts of what the first rung has integer and the second has not are added to the second, as long as that is good.
+
+    Args:
+        shop: makes plans.
+        request: for them.
+        noise: by site.
+        rungs: one that is not accurate enough, and a slower one that is.
+        keeps: whether a plan, described in words, is measured to be accurate enough.
+        over: whether the time is.
+        most: plans that are measured.
+    """
+    coarse, fine = rungs
     single = tune.by_tensor(shop, coarse.plan, noise)
     integer = (Form.STATIC, Form.DYNAMIC, Form.FREE)
     kept = {e.node: e.form for e in fine.plan.nodes if e.form in integer}
@@ -175,17 +191,16 @@ def _refill(
         return (as_float - as_int) / (cost + 1e-12)
 
     waiting = [sorted(forms, key=lambda name: -worth(name))]
-    for _ in range(_REPAIRS):
-        if not waiting or referee.expired:
+    for _ in range(most):
+        if not waiting or over():
             return
         part = waiting.pop(0)
         half = part[: (len(part) + 1) // 2] if len(part) > 1 else part
         if not half:
             continue
         plan = _with(shop, request, fine.plan, {**kept, **{name: forms[name] for name in half}})
-        point = measured(plan, f"{len(half)} more nodes integer")
         rest = part[len(half) :]
-        if point is not None and _accurate(referee, point):
+        if keeps(plan, f"{len(half)} more nodes integer"):
             kept |= {name: forms[name] for name in half}
             waiting.insert(0, rest)
         elif len(half) > 1:

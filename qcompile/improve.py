@@ -1,4 +1,4 @@
-"""Accuracy that costs no time: scales folded into neighbours, smoothed products, searched rounding.
+"""Accuracy that costs little or no time: scales folded into neighbours, smoothed products, searched rounding.
 
 Each is tried on the whole model and kept where it lowers the error on held-out samples: all places at once, then
 halves of them (`qcompile.accept`).
@@ -21,6 +21,7 @@ from qcompile.plan.make import Request
 from qcompile.plan.plan import Form, Plan
 from qcompile.run.probe import probe
 from qcompile.solve.channels import channel_groups, channel_scales
+from qcompile.solve.reconstruction import reconstruct
 from qcompile.solve.smoothing import solve_smoothing
 from qcompile.step import Pass, run_pass
 from qcompile.workshop import LARGE, Attempt, Workshop
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 _QUICK = 8  # held-out samples that judge
 _TRIES = 12  # evaluations a kind
 _FEEDS = 16  # calibration feeds that products are smoothed on
+_ROUNDED = 64  # calibration feeds that codes of weights are searched on
 _FREE_DB = 24.0  # above, a product is smoothed only where that costs no time
 
 
@@ -49,6 +51,8 @@ def improve(
         shop, best = _equalized(shop, request, best, opened, log)
     if recipe.smooth and best.plan.of(Form.DYNAMIC):
         shop, best = _smoothed(shop, request, best, opened, log)
+    if recipe.rounding and best.plan.of(Form.STATIC, Form.DYNAMIC):
+        best = _rounded(shop, best, log)
     return shop, best
 
 
@@ -99,6 +103,37 @@ def _smoothed(
         return SmoothLinear({name: found[name] for name in names})
 
     return _keep(step, list(found), shop, request, best, opened, log, "inputs of products smoothed")
+
+
+def _rounded(shop: Workshop, best: Attempt, log: Log) -> Attempt:
+    """Codes of weights searched for the least error of the layers' outputs."""
+    assert shop.samples is not None
+    before = shop.solve(best.plan, best.ranging)
+    means = {n: s.channels.mean() for n, s in shop.stats.items() if s.channels is not None}
+    layers = len(best.plan.of(Form.STATIC, Form.DYNAMIC))
+    with shop.progress.stage("searching how weights round", layers) as tick:
+        weights, gains = reconstruct(
+            shop.prepared, best.plan, shop.found, before.params, before.weights,
+            shop.samples.few(_ROUNDED), shop.held_out(_QUICK), shop.facts,
+            means=means if shop.recipe.bias_correction else None, memory=shop.recipe.memory,
+            threads=shop.recipe.threads, tick=lambda: tick(1, None),
+        )  # fmt: skip
+    names = [entry.node for entry in best.plan.nodes if entry.node in gains]
+
+    def judge(chosen: Sequence[str]) -> Attempt:
+        rounded = {**best.ranging.rounded, **{name: weights[name] for name in chosen}}
+        ranging = dataclasses.replace(best.ranging, rounded=rounded)
+        attempt = shop.attempt(best.plan, ranging, best.form)
+        shop.judge(attempt, _QUICK)
+        return attempt
+
+    found = accept(names, judge, best, most=_TRIES)
+    if found.kept:
+        log.notes.append(
+            f"Rounding of {len(found.kept)} of {len(names)} weights searched: "
+            f"{best.db:.1f} -> {found.best.db:.1f} dB."
+        )
+    return found.best
 
 
 def _keep(

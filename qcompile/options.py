@@ -30,6 +30,7 @@ _DATA = ("samples", "tokenizer", "max_tokens")
 _OWN = (
     "ranges", "target", "threads", "format", "sqnr_goal", "min_sqnr", "memory", "skip_bad", "max_drop", "metric",
     "lower_is_better", "max_size", "max_latency", "objective", "search_time", "equalize", "smooth",
+    "rounding",
 )  # fmt: skip
 
 
@@ -303,6 +304,7 @@ def _add_choices(parser: Parser) -> None:
     for name, what in (
         ("equalize", "do not fold scales of channels into the weights of convolutions"),
         ("smooth", "do not move scales of the inputs of products to their weights (SmoothQuant)"),
+        ("rounding", "round weights to the nearest code, do not search"),
     ):
         group.add_argument(f"--no-{name}", dest=name, action="store_false", default=None, help=what)
 

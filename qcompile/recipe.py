@@ -47,6 +47,7 @@ class Recipe:
         search_time: seconds that the search for a result within the limits may take.
         equalize: fold scales of channels into the neighbouring weights of convolutions, where that helps.
         smooth: the same for products, as SmoothQuant does, and side paths for outlier channels.
+        rounding: search codes of weights for the least error of what layers compute, not of the weights.
         threads: intra-op threads for all runs; 0 leaves it to ORT.
         memory: bytes that observed tensors may take while samples run; with less, the data is read more often.
         skip_bad: leave out samples for which the float model makes NaN or infinities, instead of failing.
@@ -77,6 +78,7 @@ class Recipe:
     search_time: float = 60.0
     equalize: bool = True
     smooth: bool = True
+    rounding: bool = True
     threads: int = 0
     memory: int = MEMORY
     skip_bad: bool = False

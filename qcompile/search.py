@@ -27,8 +27,9 @@ _FINE_DB = 45.0  # no tuning above this
 _WORTH_IT = 1.2  # speed-up that leaving nodes float for accuracy must not go below
 _STILL = 0.96  # share of a speed-up below that which accuracy may still cost
 _LEAST = 1.03
-_WORTH_DB = 1.5  # short of the goal, nodes are left float only for this much
+_WORTH_DB = 1.0  # short of the goal, nodes are left float only for this much
 _TRIES = 6  # plans of less noise
+_REFILLS = 10  # plans between two of them
 _DIFFER = 0.01  # of the decisions on held-out samples, may differ from the float model's
 _FEW = 1  # of them: so few tell nothing
 _FAST = 1.4  # below, measured costs may find a better plan
@@ -182,30 +183,41 @@ def _more_accurate(
 ) -> Attempt:  # fmt: skip
     """Leaves the most harmful nodes float until the goal is met, as long as the result stays fast.
 
-    Plans of rising price of noise are halved in turn; of those that reach the goal the fastest is taken, and if none
-    does, the most accurate one that is worth it.
+    Plans of rising price of noise are halved in turn, then single nodes are made integer again between the last two;
+    of those that reach the goal the fastest is taken, and if none does, the most accurate one that is worth it.
     """
     start = best
     enough = min(_WORTH_IT, max(_STILL * start.speedup, _LEAST))
     rungs = frontier.ladder(shop, request, found.noise, start.plan)
-    low, high = 0, len(rungs)
+    low, high, above = 0, len(rungs), False
     tried: list[Attempt] = []
-    with shop.progress.stage("trading speed for accuracy", _TRIES) as step:
+
+    def good(plan: Plan, _: str = "") -> bool:
+        attempt = shop.attempt(plan, start.ranging, start.form)
+        shop.judge(attempt, _QUICK)
+        attempt.speedup = _speed(attempt, opened)
+        tried.append(attempt)
+        step(1, None)
+        logger.info("a plan of %.1f dB, %.2fx", attempt.db, attempt.speedup)
+        return met(attempt, goal)
+
+    with shop.progress.stage("trading speed for accuracy", _TRIES + _REFILLS) as step:
         while low + 1 < high and len(tried) < _TRIES:
             middle = (low + high) // 2
-            attempt = shop.attempt(rungs[middle].plan, start.ranging, start.form)
-            shop.judge(attempt, _QUICK)
-            attempt.speedup = _speed(attempt, opened)
-            tried.append(attempt)
-            step(1, None)
-            if met(attempt, goal) or attempt.speedup < enough:
+            reached = good(rungs[middle].plan)
+            if reached or tried[-1].speedup < enough:
                 high = middle
+                above = reached
             else:
                 low = middle
+        if high < len(rungs) and above:
+            frontier.refill(
+                shop, request, found.noise, (rungs[low], rungs[high]), good, most=_REFILLS
+            )
     fast = [a for a in tried if a.speedup >= enough and a.noise < start.noise]
-    good = [a for a in fast if met(a, goal)]
-    if good:
-        best = max(good, key=lambda a: a.speedup)
+    enough_db = [a for a in fast if met(a, goal)]
+    if enough_db:
+        best = max(enough_db, key=lambda a: a.speedup)
     elif fast and min(fast, key=lambda a: a.noise).db >= start.db + _WORTH_DB:
         best = min(fast, key=lambda a: a.noise)
     if best is not start:

@@ -163,16 +163,22 @@ class Samples:
         yield from (feed for index, feed in enumerate(self._data) if index in self._held)
 
     def few(self, most: int) -> list[Feed]:
-        """Up to `most` calibration feeds, `TUNING` at most, spread evenly, bounded in bytes."""
+        """Up to `most` calibration feeds, spread evenly, bounded in bytes; `TUNING` of them are remembered."""
+        if most > TUNING:
+            return self._gathered(most)
         if self._few is None:
-            wanted = set(_places(self.calibration_count, TUNING))
-            self._few = []
-            room = _CACHE_BYTES
-            for position, (_, feed) in enumerate(self.calibration()):
-                if position in wanted and room > 0:
-                    self._few.append(feed)
-                    room -= sum(np.asarray(v).nbytes for v in feed.values())
+            self._few = self._gathered(TUNING)
         return _spread(self._few, most)
+
+    def _gathered(self, most: int) -> list[Feed]:
+        wanted = set(_places(self.calibration_count, most))
+        found: list[Feed] = []
+        room = _CACHE_BYTES
+        for position, (_, feed) in enumerate(self.calibration()):
+            if position in wanted and room > 0:
+                found.append(feed)
+                room -= sum(np.asarray(v).nbytes for v in feed.values())
+        return found
 
     def first(self) -> Feed:
         """The first feed."""

@@ -31,6 +31,7 @@ _QUICK = 8  # held-out samples that judge
 _TRIES = 12  # evaluations a kind
 _FEEDS = 16  # calibration feeds that products are smoothed on
 _ROUNDED = 64  # calibration feeds that codes of weights are searched on
+_ROUNDING_TRIES = 4  # each layer was judged by itself
 _FREE_DB = 24.0  # above, a product is smoothed only where that costs no time
 
 
@@ -127,7 +128,7 @@ def _rounded(shop: Workshop, best: Attempt, log: Log) -> Attempt:
         shop.judge(attempt, _QUICK)
         return attempt
 
-    found = accept(names, judge, best, most=_TRIES)
+    found = accept(names, judge, best, most=_ROUNDING_TRIES)
     if found.kept:
         log.notes.append(
             f"Rounding of {len(found.kept)} of {len(names)} weights searched: "

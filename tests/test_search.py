@@ -77,7 +77,7 @@ def test_one_method_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_corrections_are_kept_only_if_they_help(monkeypatch: pytest.MonkeyPatch) -> None:
     Race(monkeypatch)
     """Whichever ranges win: their biases were judged as they are and corrected, and the better ones taken."""
-    bench = workbench(small_cnn(), images(), recipe(sqnr_goal=0.0))
+    bench = workbench(small_cnn(), images(), recipe(sqnr_goal=0.0, rounding=False))
     judged: list[Attempt] = []
     true_judge = bench.shop.judge
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,11 +61,7 @@ def show_result(result: Result) -> None:
         f"kernels: {kernels['integer']} integer, {kernels['float']} float Conv/MatMul-like, "
         f"{kernels['leftover_qdq']} Q/DQ at run time  (format {result.format}, ranges {result.ranges})"
     )
-    rows = grouped_float(result)
-    if rows:
-        console.print("left float:")
-        for op, why, count, node in rows:
-            console.print(f"  {count:>4} {op:<16} {escape(why)}  ({escape(node)})")
+    _show_float(console, result.kept_float)
     if result.search is not None:
         _show_points(console, result.search)
     for sentence in result.warnings:
@@ -77,6 +73,15 @@ def show_result(result: Result) -> None:
         f"samples, {result.seconds:.1f} s, {result.peak_rss_mb:.0f} MB"
     )
     console.print(f"next: {escape(result.next_command)}")
+
+
+def _show_float(console: Console, kept: Sequence[Mapping[str, str]]) -> None:
+    """What stayed float, by operator and reason."""
+    rows = grouped_float(kept)
+    if rows:
+        console.print("left float:")
+        for op, why, count, node in rows:
+            console.print(f"  {count:>4} {op:<16} {escape(why)}  ({escape(node)})")
 
 
 def _show_points(console: Console, search: Mapping[str, Any]) -> None:

@@ -31,7 +31,7 @@ from qcompile.run.session import Feed, Options, Session
 from qcompile.solve.weights import Weight
 from qcompile.verify.compare import Reference
 
-_SWITCHES, _SCALES, _ZEROS = "qc_switches", "qc_scales", "qc_zeros"
+SWITCHES, SCALES, ZEROS = "qc_switches", "qc_scales", "qc_zeros"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ class _Builder:
         self._inputs = [
             ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape([None]))
             for name, kind in (
-                (_SWITCHES, ir.DataType.BOOL), (_SCALES, ir.DataType.FLOAT), (_ZEROS, code_type)
+                (SWITCHES, ir.DataType.BOOL), (SCALES, ir.DataType.FLOAT), (ZEROS, code_type)
             )
         ]  # fmt: skip
         graph.inputs.extend(self._inputs)
@@ -212,7 +212,7 @@ class Meter:
         """Raises: ModelError if ORT refuses the switched model."""
         self.sites, self._reference, self._samples = list(sites), reference, samples
         self._session = Session(model, Options("all", threads=threads))
-        (zeros,) = (value for value in model.graph.inputs if value.name == _ZEROS)
+        (zeros,) = (value for value in model.graph.inputs if value.name == ZEROS)
         assert zeros.dtype is not None
         self._scales = np.array(
             [1.0 if s.dynamic or s.weight else float(params[s.name].scale) for s in sites],
@@ -231,7 +231,7 @@ class Meter:
         if trial is not None:
             scales, zeros = scales.copy(), zeros.copy()
             scales[trial[0]], zeros[trial[0]] = trial[1].scale, trial[1].zero
-        extra = {_SWITCHES: flags, _SCALES: scales, _ZEROS: zeros}
+        extra = {SWITCHES: flags, SCALES: scales, ZEROS: zeros}
         return self._reference.compare(
             _Extended(self._session, extra), self._samples
         ).noise_to_signal

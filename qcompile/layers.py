@@ -137,7 +137,7 @@ def inspect_layers(
     with progress.stage("timing"):
         fp32_ms = race({"fp32": opened.session}, feed, seconds=_SECONDS).ms["fp32"]
     lines = [*units, *_handing_on(given, units)]
-    gains = _gains(shop, opened, request, given, lines, feed)
+    gains = _gains(shop, request, given, lines, feed)
     if harm is not None:  # what rounds nothing harms nothing
         harm = dataclasses.replace(
             harm, outputs={**dict.fromkeys(lines[len(units) :], 0.0), **harm.outputs}
@@ -170,7 +170,7 @@ def _handing_on(given: Quantized, units: Sequence[Unit]) -> list[Unit]:
 
 
 def _gains(
-    shop: Workshop, opened: Opened, request: Request, given: Quantized, lines: Sequence[Unit], feed: Feed
+    shop: Workshop, request: Request, given: Quantized, lines: Sequence[Unit], feed: Feed
 ) -> dict[Unit, float]:  # fmt: skip
     """Nanoseconds that each line saves, as far as something tells."""
     by_node = node_gains(shop, request, given.plan)
@@ -179,7 +179,7 @@ def _gains(
         for line in lines
         if line.node in by_node or not line.node
     }
-    return found | timed_alone(shop, opened, given, [u for u in lines if u not in found], feed)
+    return found | timed_alone(shop, given, [u for u in lines if u not in found], feed)
 
 
 def _layer(

@@ -17,6 +17,7 @@ from qcompile.progress import Progress
 from qcompile.quant.scheme import Scheme
 from qcompile.run.session import Options, Session
 from qcompile.tune import scores
+from qcompile.verify.compare import Reference
 from qcompile.verify.layerwise import Quantized, Unit, own_errors, sites_of, total_errors
 from qcompile.verify.sensitivity import Meter, Site, made_by_codes, measure_units, switched
 from qcompile.workshop import Ranging, Workshop
@@ -65,10 +66,9 @@ def measure_harm(shop: Workshop, given: Quantized, units: Sequence[Unit]) -> Har
         ModelError: ORT refuses a graph that measures.
     """
     assert shop.samples is not None
-    large = len(units) > _LARGE
-    samples = 1 if large else _SAMPLES
+    samples = 1 if (large := len(units) > _LARGE) else _SAMPLES
     feeds = shop.samples.few(samples)
-    threads = shop.recipe.threads
+    threads, names = shop.recipe.threads, scores(shop.prepared)
     code_type = ir.DataType(Scheme.parse(given.plan.activation).qtype.onnx_type)
     model, sites = switched(
         given.prepared, given.plan, given.found, given.coding, given.solution.weights, code_type,
@@ -77,7 +77,6 @@ def measure_harm(shop: Workshop, given: Quantized, units: Sequence[Unit]) -> Har
     with shop.progress.stage("errors of layers"):
         own = own_errors(given, units, feeds, threads=threads)
         total = total_errors(given, (model, sites), units, feeds, shop.facts, threads=threads)
-    names = scores(shop.prepared)
     _as_read(model, given, sites, names)
     reference = shop.tuning_reference(names, samples)
     parts = {unit: found for unit in units if (found := sites_of(given, unit, sites))}
@@ -95,14 +94,23 @@ def measure_harm(shop: Workshop, given: Quantized, units: Sequence[Unit]) -> Har
     if lonely:  # no switches for these
         session = _built(shop, given, given.plan, names)
         whole = None if session is None else reference.compare(session, samples).noise_to_signal
-    lonely = lonely[:_ALONE]
-    with shop.progress.stage("errors of single nodes", len(lonely)) as step:
-        for unit in lonely:
+        outputs |= _by_model(shop, given, lonely[:_ALONE], reference, names, samples)
+    return Harm(own, total, outputs, grouped, whole, len(feeds))
+
+
+def _by_model(
+    shop: Workshop, given: Quantized, units: Sequence[Unit], reference: Reference, names: Sequence[str],
+    samples: int,
+) -> dict[Unit, float]:  # fmt: skip
+    """The noise that each node brings to these outputs, in a model where it alone is quantized."""
+    found = {}
+    with shop.progress.stage("errors of single nodes", len(units)) as step:
+        for unit in units:
             session = alone(shop, given, unit, names)
             if session is not None:
-                outputs[unit] = reference.compare(session, samples).noise_to_signal
+                found[unit] = reference.compare(session, samples).noise_to_signal
             step(1, None)
-    return Harm(own, total, outputs, grouped, whole, len(feeds))
+    return found
 
 
 def _by_switch(

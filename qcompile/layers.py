@@ -120,28 +120,20 @@ def inspect_layers(
     """
     opened = open_model(model, data, recipe, None, progress, stats=stats)
     shop, request, plan = begin(opened, forms, progress)
-    notes, ranging = search.History(), Ranging("none")
+    history, ranging = search.History(), Ranging("none")
     if opened.samples is not None and plan.quantizes:
         form: Format = "qdq" if recipe.format == "qdq" else "fused"
-        best = search.choose_ranges(shop, plan, form, notes)
-        shop, best = improve(shop, request, best, opened, notes)
+        best = search.choose_ranges(shop, plan, form, history)
+        shop, best = improve(shop, request, best, opened, history)
         plan, ranging = best.plan, best.ranging
     given = quantized(shop, plan, ranging)
-    units, harm = units_of(given), None
-    if opened.samples is not None and units:
-        try:
-            harm = measure_harm(shop, given, units)
-        except ModelError as error:
-            notes.notes.append(f"Errors were not measured: {error}")
+    units = units_of(given)
+    lines = [*units, *_handing_on(given, units)]
+    harm = _harm(shop, given, units, lines, history)
     feed = typical_feeds(search.timing_feeds(opened))[0][1]
     with progress.stage("timing"):
         fp32_ms = race({"fp32": opened.session}, feed, seconds=_SECONDS).ms["fp32"]
-    lines = [*units, *_handing_on(given, units)]
     gains = _gains(shop, request, given, lines, feed)
-    if harm is not None:  # what rounds nothing harms nothing
-        harm = dataclasses.replace(
-            harm, outputs={**dict.fromkeys(lines[len(units) :], 0.0), **harm.outputs}
-        )
     rows = [_layer(given, line, harm, gains.get(line), fp32_ms) for line in lines]
     rows.sort(key=lambda row: (-(row.share or 0.0), -(row.gained_ms or 0.0)))
     return Layers(
@@ -149,8 +141,23 @@ def inspect_layers(
         None if harm is None else decibels(harm.all),
         None if harm is None else decibels(math.fsum(harm.outputs.values())),
         tuple(rows), tuple(kept_float(shop, plan)),
-        (*opened.notes, *notes.notes, *_remarks(opened, given, lines, harm)),
+        (*opened.notes, *history.notes, *_remarks(opened, given, lines, harm)),
     )  # fmt: skip
+
+
+def _harm(
+    shop: Workshop, given: Quantized, units: Sequence[Unit], lines: Sequence[Unit], history: search.History
+) -> Harm | None:  # fmt: skip
+    """What the units harm, and that the other lines harm nothing; None if it cannot be told."""
+    if shop.samples is None or not units:
+        return None
+    try:
+        found = measure_harm(shop, given, units)
+    except ModelError as error:
+        history.notes.append(f"Errors were not measured: {error}")
+        return None
+    silent = dict.fromkeys(lines[len(units) :], 0.0)
+    return dataclasses.replace(found, outputs={**silent, **found.outputs})
 
 
 def decibels(ratio: float | None) -> float | None:

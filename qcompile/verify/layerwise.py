@@ -13,7 +13,8 @@ over the samples. Nodes in bodies of If, Loop and Scan have results that cannot 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,7 @@ from qcompile.solve.weights import Weight
 from qcompile.step import run_pass
 from qcompile.verify.sensitivity import SCALES, SWITCHES, ZEROS, Site, made_by_codes, round_weight
 
+Array = npt.NDArray[Any]
 _NOISE, _POWER = "qc_noise", "qc_power"
 _CHUNK_BYTES = 128 << 20  # of results that one run hands out
 _HAND_ON = ("same", "free")  # roles that round nothing
@@ -159,16 +161,19 @@ def total_errors(
         names = [unit.tensor for unit in chunk], [behind.get(u, u.tensor) for u in chunk]
         plain = Session(with_outputs(given.prepared, dict.fromkeys(names[0])), options)
         rounded = Session(with_outputs(model, dict.fromkeys(names[1])), options)
-        noise, power = np.zeros(len(chunk)), np.zeros(len(chunk))
-        for feed in feeds:
-            pairs = zip(
-                plain.run(feed, names[0]), rounded.run({**feed, **extra}, names[1]), strict=True
-            )
-            for i, (y, z) in enumerate(pairs):
-                noise[i] += np.square(np.subtract(z, y, dtype=np.float64)).sum()
-                power[i] += np.square(y, dtype=np.float64).sum()
-        found |= zip(chunk, _ratios(noise, power), strict=True)
+        runs = ((plain.run(f, names[0]), rounded.run({**f, **extra}, names[1])) for f in feeds)
+        found |= zip(chunk, _compared(runs, len(chunk)), strict=True)
     return found
+
+
+def _compared(runs: Iterable[tuple[list[Array], list[Array]]], count: int) -> list[float]:
+    """The ratio of each of so many tensors, from pairs of what was computed in float and rounded."""
+    noise, power = np.zeros(count), np.zeros(count)
+    for true, seen in runs:
+        for i, (y, z) in enumerate(zip(true, seen, strict=True)):
+            noise[i] += np.square(np.subtract(z, y, dtype=np.float64)).sum()
+            power[i] += np.square(y, dtype=np.float64).sum()
+    return _ratios(noise, power)
 
 
 def _values(model: ir.Model) -> dict[str, ir.Value]:

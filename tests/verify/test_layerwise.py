@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from hypothesis import given as examples
+from hypothesis import settings
 from hypothesis import strategies as st
 from lowering import Compiled, _Interpreter, compiled, constant, evaluate
 from numpy.typing import NDArray
@@ -168,6 +169,7 @@ def test_sites_of_a_unit(made: Compiled) -> None:
         assert len(own) == 1 + weighted
 
 
+@settings(max_examples=20)
 @examples(st.integers(0, 3), st.floats(0.01, 100))
 def test_own_error_does_not_depend_on_the_unit_of_a_tensor(seed: int, factor: float) -> None:
     """A border whose values and scale grow alike has the same ratio."""

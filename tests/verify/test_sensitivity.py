@@ -149,7 +149,7 @@ def test_switches_of_weights(text: str) -> None:
     assert [s.name for s in sites[count:]] == [s.name for s in plain_sites]
     params = made.solution.params
     for feed in made.feeds:
-        extra = {
+        extra: dict[str, Array] = {
             "qc_scales": np.array(
                 [1 if s.weight or s.dynamic else params[s.name].scale for s in sites], np.float32
             ),

@@ -23,8 +23,9 @@ from qcompile.verify.sensitivity import Meter, Site, made_by_codes, measure_unit
 from qcompile.workshop import Ranging, Workshop
 
 logger = logging.getLogger(__name__)
-_SAMPLES = 3  # calibration samples that errors are measured on
-_LARGE = 160  # units: above, one sample, and groups of neighbours first
+_SAMPLES = 8  # calibration samples that errors are measured on, at most
+_RUNS = 360  # of samples, one for each unit: with more units there are fewer samples
+_LARGE = 160  # units: above, groups of neighbours first
 _GROUPS = 48
 _SINGLE = 64
 _ALONE = 24  # nodes that are measured in a model of their own
@@ -60,13 +61,13 @@ def quantized(shop: Workshop, plan: Plan, ranging: Ranging) -> Quantized:
 
 
 def measure_harm(shop: Workshop, given: Quantized, units: Sequence[Unit]) -> Harm:
-    """The errors of all units on a few calibration samples.
+    """The errors of all units, of which there is one at least, on a few calibration samples.
 
     Raises:
         ModelError: ORT refuses a graph that measures.
     """
     assert shop.samples is not None
-    samples = 1 if (large := len(units) > _LARGE) else _SAMPLES
+    samples = max(1, min(_SAMPLES, _RUNS // len(units)))
     feeds = shop.samples.few(samples)
     threads, names = shop.recipe.threads, scores(shop.prepared)
     code_type = ir.DataType(Scheme.parse(given.plan.activation).qtype.onnx_type)
@@ -88,7 +89,7 @@ def measure_harm(shop: Workshop, given: Quantized, units: Sequence[Unit]) -> Har
             with_outputs(model, names), sites, given.solution.params, reference,
             samples=samples, threads=threads,
         )  # fmt: skip
-        outputs, grouped = _by_switch(meter, parts, shop.progress, large=large)
+        outputs, grouped = _by_switch(meter, parts, shop.progress)
         whole = meter.noise(range(len(sites)))
     lonely = [unit for unit in units if unit not in parts]
     if lonely:  # no switches for these
@@ -114,10 +115,11 @@ def _by_model(
 
 
 def _by_switch(
-    meter: Meter, parts: Mapping[Unit, Sequence[int]], progress: Progress, *, large: bool
+    meter: Meter, parts: Mapping[Unit, Sequence[int]], progress: Progress
 ) -> tuple[dict[Unit, float], frozenset[Unit]]:
     """The noise that each unit brings to the outputs, and which were measured in groups only."""
     units, count = list(parts), len(parts)
+    large = count > _LARGE
     groups, most = (_GROUPS, _SINGLE) if large else (count, count)
     with progress.stage("errors of outputs", groups) as step:
         noise, measured = measure_units(

@@ -167,6 +167,15 @@ def _run_inspect(args: argparse.Namespace) -> Answer:
     from qcompile.commands import inspect_model  # noqa: PLC0415
     from qcompile.show import show_table  # noqa: PLC0415
 
+    if args.layers:
+        return _run_layers(args)
+    known = ("model", "json", "quiet", "layers", "words")
+    more = [k for k, v in vars(args).items() if k not in known and v is not None and v != []]
+    if more:
+        option = f"no-{more[0]}" if more[0] in ("equalize", "smooth") else more[0]
+        raise RecipeError(
+            f"--{option.replace('_', '-')} is for --layers: add that, or leave it out."
+        )
     if args.model.endswith(SUFFIX):
         from qcompile.calib.store import load  # noqa: PLC0415
         from qcompile.show import show_calibration  # noqa: PLC0415
@@ -176,6 +185,22 @@ def _run_inspect(args: argparse.Namespace) -> Answer:
         return Answer(0, found, lambda: show_calibration(found, ""))
     table = inspect_model(args.model)
     return Answer(0, table, lambda: show_table(table))
+
+
+def _run_layers(args: argparse.Namespace) -> Answer:
+    from qcompile.layers import inspect_layers  # noqa: PLC0415
+    from qcompile.plan.plan import load_plan  # noqa: PLC0415
+    from qcompile.show import show_layers  # noqa: PLC0415
+
+    if args.model.endswith(SUFFIX):
+        raise RecipeError(
+            f"{args.model} holds statistics: qcompile inspect MODEL.onnx --layers --stats {args.model}"
+        )
+    found = inspect_layers(
+        args.model, args.data, recipe_of(args), _progress(args), stats=args.stats,
+        forms=None if args.plan is None else load_plan(args.plan),
+    )  # fmt: skip
+    return Answer(0, found.to_dict(args.limit), lambda: show_layers(found, args.limit))
 
 
 def _run_verify(args: argparse.Namespace) -> Answer:

@@ -13,7 +13,8 @@ import onnx_ir as ir
 from qcompile import finish, search
 from qcompile.errors import DataError
 from qcompile.keep import unmet
-from qcompile.opened import open_model
+from qcompile.opened import Opened, open_model
+from qcompile.plan.make import Request
 from qcompile.plan.plan import Form, Plan
 from qcompile.progress import Progress, Silent
 from qcompile.recipe import Recipe, load_recipe
@@ -75,6 +76,22 @@ def compile_model(
     if metric is not None:
         with show.stage("scoring the float model"):
             metric = scored(metric, opened.session)
+    shop, request, draft = begin(opened, plan, show)
+    shop, best, history = search.find_best(shop, request, draft, opened, metric)
+    return finish.finish(opened, shop, best, history, place, report, start, show)
+
+
+def begin(opened: Opened, plan: Plan | None, show: Progress) -> tuple[Workshop, Request, Plan]:
+    """The calibrated working state, what is asked for, and the fastest plan, before anything is tried.
+
+    Args:
+        opened: the model and its data.
+        plan: an edited plan that fixes the forms of its nodes.
+        show: shows the stages.
+
+    Raises:
+        DataError, RecipeError: as `compile_model`.
+    """
     request = opened.request(plan)
     shop = Workshop(
         opened.prepared,
@@ -99,5 +116,4 @@ def compile_model(
     request = shop.timed(request)
     draft = shop.plan(request)
     opened.notes.extend(unmet(request.forms, draft))
-    shop, best, history = search.find_best(shop, request, draft, opened, metric)
-    return finish.finish(opened, shop, best, history, place, report, start, show)
+    return shop, request, draft

@@ -19,7 +19,7 @@ from qcompile.figure import draw_points
 from qcompile.graph import io
 from qcompile.opened import Opened
 from qcompile.plan.candidates import Candidate
-from qcompile.plan.plan import Form, NodePlan
+from qcompile.plan.plan import Form, NodePlan, Plan
 from qcompile.progress import Progress
 from qcompile.report import GOOD, INACCURATE, NOT_FASTER, Result, to_markdown
 from qcompile.run.session import Options, Session, version
@@ -123,7 +123,7 @@ def finish(
         outputs=_outputs(deployed, exact),
         kernels={"integer": kernels.integer, "float": kernels.float, "leftover_qdq": kernels.leftover_qdq,
                  "operators": dict(kernels.operators), "nodes": [dataclasses.asdict(v) for v in kernels.nodes]},
-        kept_float=_kept_float(shop, best),
+        kept_float=kept_float(shop, best.plan),
         samples={"calibration": _calibrated(opened),
                  "held_out": opened.samples.held_out_count if opened.samples else 0},
         warnings=warnings, notes=[*opened.notes, *history.notes], next_command=_next(opened, best, code),
@@ -246,7 +246,7 @@ def _exit_code(
 
 
 def _no_reason(shop: Workshop, best: Attempt, opened: Opened) -> str:
-    rows = _kept_float(shop, best)
+    rows = kept_float(shop, best.plan)
     if opened.samples is None and _waiting(best):
         return "its Conv nodes need calibration data, give it with --data."
     if rows:
@@ -259,10 +259,10 @@ def _waiting(best: Attempt) -> list[NodePlan]:
     return [e for e in best.plan.of(Form.FLOAT) if e.op == "Conv" and "--data" in e.why]
 
 
-def _kept_float(shop: Workshop, best: Attempt) -> list[dict[str, str]]:
+def kept_float(shop: Workshop, plan: Plan) -> list[dict[str, str]]:
     """Nodes that a person would expect to be quantized, and are not."""
     rows = []
-    for entry in best.plan.of(Form.FLOAT):
+    for entry in plan.of(Form.FLOAT):
         item = shop.found.get(entry.node)
         if entry.op in _QUANTIZABLE and not (
             entry.op == "Gather" and not isinstance(item, Candidate)

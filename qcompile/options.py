@@ -42,6 +42,16 @@ _EPILOG = """SOURCE, real input of the model, 50 to 200 samples of it, is one of
   a .txt file with one text a line, and --tokenizer tokenizer.json
   module:function, a Python function that returns feeds (dicts of arrays by input name)
 """
+_LAYERS_EPILOG = """The columns of --layers, for the fastest plan, before anything is left float for accuracy:
+  share      of the error of the outputs, of that slice of them which the layer hurts most
+  own        decibels between the layer's result and the error that it alone adds: rounding of its weight and
+             of its result (of its input, if that is quantized at run time), its inputs being float
+  inherited  the same for the error that comes with its inputs when all is quantized
+  gained     time of its float kernel less that of its integer one, each measured alone on this machine, and less
+             than that by what makes its result float again, if some node reads it so; of a border (a float tensor
+             that integer nodes read) what quantizing it takes, below zero
+
+"""
 _EXAMPLES = """
 examples:
   qcompile model.onnx --data samples/      writes model.int8.onnx, scales taken from the samples
@@ -52,7 +62,7 @@ examples:
 other commands, each with --help:
   qcompile calibrate MODEL      statistics of the samples, to keep, join, and compile from with --stats
   qcompile plan MODEL           what would become of each node, and why; -o writes it, to edit
-  qcompile inspect MODEL        inputs, outputs, operators and weights of a model
+  qcompile inspect MODEL        inputs, outputs, operators and weights of a model; --layers: what costs accuracy
   qcompile verify FP32 QUANT    the error of a quantized model, made by any tool
   qcompile bench FP32 QUANT     the speed of two models, run in turn
   qcompile targets              the machines to compile for, and which one this is
@@ -212,11 +222,28 @@ def _plan() -> Parser:
 
 def _inspect() -> Parser:
     parser = Parser(
-        "qcompile inspect", "MODEL.onnx|FILE.stats [options]",
-        "Says what a model is: inputs, outputs, operators, weights, whether it is quantized.",
+        "qcompile inspect", "MODEL.onnx|FILE.stats [--layers [--data SOURCE]] [options]",
+        "Says what a model is: inputs, outputs, operators, weights, whether it is quantized. With --layers:\n"
+        "which layers of a float model would cost accuracy if it were quantized, and what time they save.",
+        _LAYERS_EPILOG + _EPILOG,
     )  # fmt: skip
     parser.add_argument("model", metavar="MODEL.onnx", help="any ONNX model, or statistics")
-    _add_manners(parser)
+    group = parser.add_argument_group("layers")
+    group.add_argument(
+        "--layers", action="store_true",
+        help="rank what would be quantized by its share of the error of the outputs; the options below"
+        " are for this",
+    )  # fmt: skip
+    group.add_argument(
+        "--limit", type=at_least(1), metavar="N", help="lines shown (20; with --json all)"
+    )
+    group.add_argument(
+        "--stats", type=Path, metavar="FILE", help="statistics of `qcompile calibrate`, for --data"
+    )
+    _add_data(parser, "samples to measure errors on; without it only times are told")
+    _add_calibration(parser)
+    _add_choices(parser)
+    _add_manners(parser.add_argument_group("what is told"))
     return parser
 
 

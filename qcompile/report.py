@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +110,13 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def grouped_float(result: Result, most: int = 8) -> list[tuple[str, str, int, str]]:
-    """What stayed float by (operator, reason): count and an example, most frequent first."""
+def grouped_float(
+    kept: Sequence[Mapping[str, str]], most: int = 8
+) -> list[tuple[str, str, int, str]]:
+    """Rows with `op`, `why` and `node` of what stayed float, by (operator, reason): count and an example, most frequent first."""
     counts: Counter[tuple[str, str]] = Counter()
     example: dict[tuple[str, str], str] = {}
-    for row in result.kept_float:
+    for row in kept:
         key = (row["op"], row["why"])
         counts[key] += 1
         example.setdefault(key, row["node"])
@@ -207,7 +209,8 @@ def to_markdown(result: Result) -> str:
     ]
     lines += ["", "## Left float", "", *_head("op", "reason", "nodes", "for example")]
     lines += [
-        _row(op, why, str(count), node) for op, why, count, node in grouped_float(result, 1000)
+        _row(op, why, str(count), node)
+        for op, why, count, node in grouped_float(result.kept_float, 1000)
     ]
     for title, sentences in (("Warnings", result.warnings), ("Notes", result.notes)):
         if sentences:

@@ -63,7 +63,7 @@ def find_best(
     """
     history, recipe = History(), shop.recipe
     form: Format = "qdq" if recipe.format == "qdq" else "fused"
-    best = _choose_ranges(shop, draft, form, history)
+    best = choose_ranges(shop, draft, form, history)
     shop, best = improve(shop, request, best, opened, history)
     found = None
     goal = recipe.min_sqnr or recipe.sqnr_goal
@@ -89,7 +89,7 @@ def find_best(
     return shop, best, history
 
 
-def _choose_ranges(shop: Workshop, plan: Plan, form: Format, history: History) -> Attempt:
+def choose_ranges(shop: Workshop, plan: Plan, form: Format, history: History) -> Attempt:
     """The range method of least error on held-out samples."""
     methods = shop.methods if plan.of(Form.STATIC) else ("none",)
     attempts = []

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,8 +14,12 @@ from rich.table import Table
 from qcompile.plan.plan import Plan
 from qcompile.report import POINT_COLUMNS, Result, grouped_float, point_rows
 
+if TYPE_CHECKING:
+    from qcompile.layers import Layers
+
 _WORST = 6  # output slices shown
 _TENSORS = 12  # of a calibration
+_LAYERS = 20
 SHOWN = "mse"  # the range method whose ranges are shown
 
 
@@ -61,11 +65,7 @@ def show_result(result: Result) -> None:
         f"kernels: {kernels['integer']} integer, {kernels['float']} float Conv/MatMul-like, "
         f"{kernels['leftover_qdq']} Q/DQ at run time  (format {result.format}, ranges {result.ranges})"
     )
-    rows = grouped_float(result)
-    if rows:
-        console.print("left float:")
-        for op, why, count, node in rows:
-            console.print(f"  {count:>4} {op:<16} {escape(why)}  ({escape(node)})")
+    _show_float(console, result.kept_float)
     if result.search is not None:
         _show_points(console, result.search)
     for sentence in result.warnings:
@@ -77,6 +77,15 @@ def show_result(result: Result) -> None:
         f"samples, {result.seconds:.1f} s, {result.peak_rss_mb:.0f} MB"
     )
     console.print(f"next: {escape(result.next_command)}")
+
+
+def _show_float(console: Console, kept: Sequence[Mapping[str, str]]) -> None:
+    """What stayed float, by operator and reason."""
+    rows = grouped_float(kept)
+    if rows:
+        console.print("left float:")
+        for op, why, count, node in rows:
+            console.print(f"  {count:>4} {op:<16} {escape(why)}  ({escape(node)})")
 
 
 def _show_points(console: Console, search: Mapping[str, Any]) -> None:
@@ -164,8 +173,40 @@ def show_calibration(facts: Mapping[str, Any], model: str) -> None:
         console.print(f"next: {escape(command + data)}")
 
 
-def _or_dash(value: float | None, how: str) -> str:
-    return "-" if value is None else format(value, how)
+def show_layers(found: Layers, limit: int | None) -> None:
+    """The table of `qcompile inspect --layers`: what costs most first."""
+    console = _Console()
+    line = "{:>7} {:>9} {:>9} {:>10} {:>6}  {:<8} {:<16} {}".format
+    titles = ("share", "own", "inherited", "gained", "", "form", "operator", "layer")
+    console.print(line(*titles), markup=False)
+    for row in found.layers[: limit or _LAYERS]:
+        share = _or_dash(row.share, ".1%") + "~" * row.grouped
+        errors = (_or_dash(db, ".1f", " dB") for db in (row.own_db, row.inherited_db))
+        gains = _or_dash(row.gained_ms, ".3f", " ms"), _or_dash(row.gained, ".1%")
+        console.print(line(share, *errors, *gains, row.form, row.op, row.name), markup=False)
+    rest = found.layers[limit or _LAYERS :]
+    if rest:
+        left, ms = (
+            sum(values)
+            for values in zip(*((r.share or 0.0, r.gained_ms or 0.0) for r in rest), strict=True)
+        )
+        told = f"{left:.1%} of the error, " if found.samples else ""
+        console.print(f"  ... and {len(rest)} more: {told}{ms:.3f} ms gained (--limit N shows N)")
+    if found.samples:
+        together, apart = (_or_dash(db, ".1f", " dB") for db in (found.all_db, found.sum_db))
+        console.print(
+            f"worst output slice, all layers together {together} SQNR; by the sum of the shares {apart}"
+            f"  ({found.samples} calibration samples, ranges {found.ranges})"
+        )
+    total = sum(row.gained_ms or 0.0 for row in found.layers)
+    console.print(f"gained {total:.3f} ms of the {found.fp32_ms:.3f} ms of the float model")
+    _show_float(console, found.kept_float)
+    for sentence in found.notes:
+        console.print(f"note: {escape(sentence)}")
+
+
+def _or_dash(value: float | None, how: str, unit: str = "") -> str:
+    return "-" if value is None else format(value, how) + unit
 
 
 def show_plan(plan: Plan, model: str, output: Path | None) -> None:

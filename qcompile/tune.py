@@ -46,7 +46,7 @@ def sensitivity(shop: Workshop, plan: Plan, ranging: Ranging) -> Sensitivity | N
     )
     if not sites:
         return None
-    outputs = _scores(shop.prepared)
+    outputs = scores(shop.prepared)
     samples, single = (_SAMPLES, _SINGLE) if len(sites) <= _LARGE else (1, 0)
     try:
         meter = Meter(
@@ -61,7 +61,7 @@ def sensitivity(shop: Workshop, plan: Plan, ranging: Ranging) -> Sensitivity | N
     return Sensitivity(noise, meter)
 
 
-def _scores(model: ir.Model) -> list[str]:
+def scores(model: ir.Model) -> list[str]:
     """The outputs, but what goes into a final Softmax or Sigmoid in place of what comes out.
 
     Probabilities hide small errors and blow up large ones: a few decisions that flip would outweigh all

@@ -77,10 +77,10 @@ def test_verdicts() -> None:
 
 
 def test_grouped_float() -> None:
-    assert grouped_float(result()) == [
+    assert grouped_float(result().kept_float) == [
         ("MatMul", "too small", 3, "/m[0]"), ("Conv", "an island", 1, "/c[0]"),
     ]  # fmt: skip
-    assert len(grouped_float(result(), most=1)) == 1
+    assert len(grouped_float(result().kept_float, most=1)) == 1
 
 
 def test_markdown() -> None:

@@ -74,14 +74,14 @@ def test_large_graphs_are_measured_in_groups_alone(
 )  # fmt: skip
 def test_what_goes_into_the_last_softmax_is_judged(last: str, judged: list[str]) -> None:
     model = parse(f"g (float[2] x) => (float[2] y) {{ a = Neg(x) {last} }}")
-    assert tune._scores(model) == judged
+    assert tune.scores(model) == judged
 
 
 def test_each_output_once() -> None:
     model = parse(
         "g (float[2] x) => (float[2] y, float[2] z, float[2] a) { a = Neg(x) y = Softmax(a) z = Sigmoid(a) }"
     )
-    assert tune._scores(model) == ["a"]
+    assert tune.scores(model) == ["a"]
 
 
 # ---- ranges of single tensors

@@ -21,7 +21,15 @@ from qcompile.quant.affine import choose, dequantize
 from qcompile.quant.scheme import QParams, Scheme
 from qcompile.run.session import Options, Session
 from qcompile.verify.compare import Reference
-from qcompile.verify.sensitivity import Meter, Noise, Site, improve_ranges, measure, switched
+from qcompile.verify.sensitivity import (
+    Meter,
+    Noise,
+    Site,
+    improve_ranges,
+    measure,
+    measure_units,
+    switched,
+)
 
 Array = NDArray[Any]
 U8 = Scheme.parse("uint8.tensor.asym")
@@ -117,6 +125,68 @@ def test_all_on_is_the_quantized_model(text: str) -> None:
             assert np.square(off).sum() <= 0.1 * np.square(theirs - plain).sum()
 
 
+EMBEDDED = f"""g (int64[2,3] i) => (float[2,3,16] e, float[2,3,16] y) <{constant("t", 512, 16)}, {constant("w", 16, 16)}>
+    {{ [rows] e = Gather(t, i) [a] y = MatMul(e, w) }}"""
+
+
+def by_weight(made: Compiled) -> tuple[ir.Model, list[Site]]:
+    found = find_candidates(made.prepared, made.target, made.facts)
+    coded = coding(made.prepared, made.plan, found)
+    weights, kind = made.solution.weights, ir.DataType.UINT8
+    return switched(made.prepared, made.plan, found, coded, weights, kind, by_weight=True)
+
+
+@pytest.mark.parametrize("text", [CNN, MLP])
+def test_switches_of_weights(text: str) -> None:
+    """Off they leave the float model, on that with rounded weights."""
+    made = compiled(text)
+    model, sites = by_weight(made)
+    plain, plain_sites = switches(made)
+    count = len(sites) - len(plain_sites)
+    assert [(s.name, s.weight) for s in sites[:count]] == [
+        (name, True) for name in made.solution.weights
+    ]
+    assert [s.name for s in sites[count:]] == [s.name for s in plain_sites]
+    params = made.solution.params
+    for feed in made.feeds:
+        extra: dict[str, Array] = {
+            "qc_scales": np.array(
+                [1 if s.weight or s.dynamic else params[s.name].scale for s in sites], np.float32
+            ),
+            "qc_zeros": np.array(
+                [0 if s.weight or s.dynamic else params[s.name].zero for s in sites], np.uint8
+            ),
+        }
+        off = run(model, {**feed, **extra, "qc_switches": np.zeros(len(sites), np.bool_)})
+        on = run(model, {**feed, **extra, "qc_switches": np.arange(len(sites)) < count})
+        rest = inputs(made, plain_sites, [False] * len(plain_sites))
+        for got, want in zip(off, run(made.prepared, feed), strict=True):
+            np.testing.assert_allclose(got, want, atol=2e-5)
+        for got, want in zip(on, run(plain, {**feed, **rest}), strict=True):
+            np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_a_table_has_a_switch_behind_its_lookup() -> None:
+    """An output of the model among its readers."""
+    rng = np.random.default_rng(2)
+    made = compiled(EMBEDDED, given={"i": rng.integers(0, 512, (2, 3))})
+    assert "rows" in made.solution.weights
+    model, sites = by_weight(made)
+    assert [(s.name, s.weight, s.dynamic) for s in sites] == [
+        ("rows", True, False), ("a", True, False), ("a", False, True),
+    ]  # fmt: skip
+    assert io.check(model) is None
+    feed = {
+        **made.feeds[0], "qc_scales": np.ones(3, np.float32), "qc_zeros": np.zeros(3, np.uint8)
+    }  # fmt: skip
+    table, plain = made.solution.weights["rows"], run(made.prepared, made.feeds[0])
+    off = run(model, {**feed, "qc_switches": np.array([False] * 3)})
+    on = run(model, {**feed, "qc_switches": np.array([True, False, False])})
+    np.testing.assert_array_equal(off[0], plain[0])
+    np.testing.assert_array_equal(on[0], dequantize(table.codes, table.params)[made.feeds[0]["i"]])
+    assert np.abs(on[1] - plain[1]).max() > 1e-4  # the product reads them, too
+
+
 def test_sites(cnn: Compiled, mlp: Compiled) -> None:
     """Each root once, in graph order, then the inputs of dynamic nodes."""
     assert [(s.name, s.dynamic) for s in switches(cnn)[1]] == [
@@ -197,6 +267,22 @@ def test_only_the_outputs_that_are_asked_for(cnn: Compiled) -> None:
     feed = {**cnn.feeds[0], **inputs(cnn, sites, [False] * len(sites))}
     assert [value.name for value in shown.graph.outputs] == ["n"]
     assert run(shown, feed)[0].shape == (1, 4, 8, 8)
+
+
+def test_units_of_several_sites() -> None:
+    stub = Stub([1.0, 2.0, 4.0, 8.0, 0.0], weights=0.0)
+    noise, measured = measure_units(stub.noise, [[0, 3], [1], [2, 4]], groups=3, share=0.9, most=3)
+    assert noise == [9.0, 2.0, 4.0]
+    assert sorted(measured) == [0, 1, 2]
+    assert stub.asked == [[0, 3], [1], [2, 4]]  # a group of one is not measured twice
+    assert measure_units(stub.noise, [], groups=3, share=0.9, most=3) == ([], [])
+
+
+def test_a_quiet_group_shares_its_noise() -> None:
+    stub = Stub([1.0, 3.0, 10.0, 90.0], weights=0.0)
+    noise, measured = measure_units(stub.noise, [[0], [1], [2], [3]], groups=2, share=0.9, most=4)
+    assert noise == [2.0, 2.0, 10.0, 90.0]
+    assert measured == [2, 3]
 
 
 class Stub:

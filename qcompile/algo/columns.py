@@ -136,10 +136,8 @@ def powers(extreme: Array) -> Array:
     return made
 
 
-def spread(power: Array | None, count: int, block: int | None) -> Array | None:
+def spread(power: Array, count: int, block: int | None) -> Array:
     """E[x^2], (K,), as weights of columns of `count` rows, float32 (B, count * G); 0 where zeros fill up."""
-    if power is None:
-        return None
     size, number = width(len(power), block), groups(len(power), block)
     whole = np.zeros(size * number, np.float32)
     whole[: len(power)] = power

@@ -87,7 +87,7 @@ def search(
     power = check_power(power, W.shape[1])
     writer = Writer((W.shape[0], W.shape[1]), bits, block)
     for part in columns(W, block):
-        weight = spread(power, len(W[part.rows]), block)
+        weight = None if power is None else spread(power, len(W[part.rows]), block)
         scale, zero = search_columns(
             part, bits, symmetric=symmetric, weight=weight, scales=scales, factors=factors
         )
@@ -141,7 +141,8 @@ def trials(
     top = np.float32((1 << bits) - 1)
     for factor, shift in itertools.product(factors, (0, 1, -1)):
         if (factor, shift) != (1, 0):
-            yield scale * np.float32(factor), np.clip(zero + np.float32(shift), 0, top)
+            moved = np.clip(zero + np.float32(shift), 0, top) if shift else zero
+            yield scale * np.float32(factor), moved
 
 
 def loss(

@@ -80,7 +80,7 @@ def prepare(H: Array, *, order: bool = False, damp: float = DAMP) -> Factor:
     """
     if not 0 < damp < np.inf:
         raise ValueError(f"damp is {damp}: expected a positive share")
-    gram = _moment(H)
+    gram = moment(H)
     power = np.diag(gram)
     turns = np.argsort(-power, kind="stable") if order else np.arange(len(gram))
     firm = gram[np.ix_(turns, turns)] if order else gram
@@ -234,7 +234,7 @@ class _Solver:
         self._scale[group], self._zero[group] = found
 
 
-def _moment(H: Array) -> Array:
+def moment(H: Array) -> Array:
     """H, float64, of greatest power 1, checked."""
     if H.ndim != 2 or H.shape[0] != H.shape[1]:
         raise ValueError(f"H is {H.shape}, not square")

@@ -1,0 +1,190 @@
+"""The best of all ways to round the weights of a layer, judged on data that chose nothing.
+
+On inputs that hardly correlate, GPTQ fits the calibration data and is worse than rounding to nearest on other data, so
+each layer is judged on its own. Plain rounding to nearest is always a candidate: the result is never worse than it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qcompile.algo.blocks import Blocked, check_weights, error
+from qcompile.algo.columns import ScaleType
+from qcompile.algo.gptq import Factor, gptq, prepare
+from qcompile.algo.hqq import hqq
+from qcompile.algo.kquant import kquant
+from qcompile.algo.polish import polish
+from qcompile.algo.rtn import rtn, search
+from qcompile.errors import RecipeError, nearest
+
+Array = npt.NDArray[Any]
+
+PLAIN = ("rtn", "search", "kquant", "hqq")
+"""Algorithms that need weights alone; `search` and `kquant` use the power of the input if it is known."""
+
+SECOND = ("gptq", "gptq-order", "gptq-polish", "gptq-firm")
+"""Algorithms that need E[x x']: inputs in their order, by power, polished, and polished with stronger damping."""
+
+_FIRM = 0.05  # damping of `gptq-firm`: better where there is little data
+
+
+@dataclasses.dataclass(frozen=True)
+class Tally:
+    """How candidates did.
+
+    Attributes:
+        algorithm: of the result.
+        error: of the result, as `blocks.error` has it for the moment that judged.
+        rtn: the error of plain rounding to nearest.
+        tried: each candidate and its error relative to `rtn`, in the order they were tried; 1 if both are 0.
+    """
+
+    algorithm: str
+    error: float
+    rtn: float
+    tried: tuple[tuple[str, float], ...]
+
+
+class Factors:
+    """Factors of E[x x'], each made when it is first asked for: one object for all weights that read the input."""
+
+    def __init__(self, H: Array) -> None:
+        """`H` is (K, K)."""
+        self.H = H
+        self._made: dict[tuple[bool, float], Factor] = {}
+
+    def get(self, *, order: bool, damp: float = 0.01) -> Factor:
+        """The factor, as `gptq.prepare` gives it.
+
+        Raises:
+            ValueError, DataError: as `gptq.prepare`.
+        """
+        key = order, damp
+        if key not in self._made:
+            self._made[key] = prepare(self.H, order=order, damp=damp)
+        return self._made[key]
+
+
+def solve_blocks(
+    W: Array, *, bits: int, block: int | None, symmetric: bool, algorithm: str = "auto",
+    H: Array | Factors | None = None, held_out_H: Array | None = None, scales: ScaleType = "float32",
+) -> tuple[Blocked, Tally]:  # fmt: skip
+    """Return the codes of least error among the candidates, and how all did; the first of equals.
+
+    Args:
+        W: float (N, K).
+        bits: 2 to 8.
+        block: weights that share a scale; 0 or None for a row.
+        symmetric: the zero points are 2**(bits - 1).
+        algorithm: one of `PLAIN` and `SECOND`, which is then compared with "rtn" alone, or "auto" for all that can run.
+        H: E[x x'], (K, K), or `Factors` of it where several weights read the input; or E[x^2] alone, (K,), without
+            `SECOND`. None: errors are those of the weights.
+        held_out_H: the same of data that judges; by default `H` itself, which favours what fits it most closely.
+        scales: type whose values scales are rounded to.
+
+    Raises:
+        RecipeError: no such algorithm, or it needs an `H` that is not given.
+        ValueError, ModelError, DataError: as the algorithms.
+    """
+    W = check_weights(W)
+    factors = H if isinstance(H, Factors) else None
+    known = H.H if isinstance(H, Factors) else H
+    if factors is None and known is not None and known.ndim == 2:
+        factors = Factors(known)
+    names = _names(algorithm, full=factors is not None)
+    judge = known if held_out_H is None else held_out_H
+    judge = (
+        None if judge is None or not np.any(judge) else judge
+    )  # inputs that are always 0 judge nothing
+    kept: tuple[str, Blocked, float] | None = None
+    errors: list[tuple[str, float]] = []
+    run = _Candidates(W, bits, block, symmetric, scales, factors, known)
+    for name in names:
+        made = run.make(name)
+        found = error(W, made, judge)
+        errors.append((name, found))
+        if kept is None or found < kept[2]:
+            kept = name, made, found
+    assert kept is not None  # rtn always runs
+    base = errors[0][1]
+    tried = tuple((name, _ratio(found, base)) for name, found in errors)
+    return kept[1], Tally(kept[0], kept[2], base, tried)
+
+
+class _Candidates:
+    """Runs algorithms by name on one weight; what two of them share is made once."""
+
+    def __init__(
+        self, W: Array, bits: int, block: int | None, symmetric: bool, scales: ScaleType,
+        factors: Factors | None, known: Array | None,
+    ) -> None:  # fmt: skip
+        self._W, self._factors = W, factors
+        self._bits, self._block, self._symmetric, self._scales = bits, block, symmetric, scales
+        self._power = None if known is None else np.diag(known) if known.ndim == 2 else known
+        self._ordered: Blocked | None = None
+
+    def make(self, name: str) -> Blocked:
+        W, power, scales = self._W, self._power, self._scales
+        bits, block, symmetric = self._bits, self._block, self._symmetric
+        makers: dict[str, Callable[[], Blocked]] = {
+            "rtn": lambda: rtn(W, bits=bits, block=block, symmetric=symmetric, scales=scales),
+            "search": lambda: search(
+                W, bits=bits, block=block, symmetric=symmetric, power=power, scales=scales
+            ),
+            "kquant": lambda: kquant(
+                W, bits=bits, block=block, symmetric=symmetric, power=power, scales=scales
+            ),
+            "hqq": lambda: hqq(W, bits=bits, block=block, symmetric=symmetric, scales=scales),
+            "gptq": lambda: self._gptq(order=False),
+            "gptq-order": lambda: self._gptq(order=True),
+            "gptq-polish": lambda: self._polished(self._gptq(order=True)),
+            "gptq-firm": lambda: self._polished(self._gptq(order=True, damp=_FIRM)),
+        }
+        return makers[name]()
+
+    def _gptq(self, *, order: bool, damp: float = 0.01) -> Blocked:
+        if order and damp != _FIRM and self._ordered is not None:
+            return self._ordered
+        assert self._factors is not None  # _names saw to it
+        made = gptq(
+            self._W,
+            self._factors.get(order=order, damp=damp),
+            bits=self._bits,
+            block=self._block,
+            symmetric=self._symmetric,
+            scales=self._scales,
+        )
+        if order and damp != _FIRM:
+            self._ordered = made
+        return made
+
+    def _polished(self, start: Blocked) -> Blocked:
+        assert self._factors is not None
+        return polish(self._W, start, self._factors.H, scales=self._scales)
+
+
+def _names(algorithm: str, *, full: bool) -> tuple[str, ...]:
+    """The candidates, "rtn" first."""
+    if algorithm == "auto":
+        return (*PLAIN, *SECOND) if full else PLAIN
+    known = (*PLAIN, *SECOND)
+    if algorithm not in known:
+        raise RecipeError(
+            f"{algorithm!r} is no algorithm for blocks of weights; expected 'auto' or one of "
+            f"{', '.join(known)}." + nearest(algorithm, ("auto", *known))
+        )
+    if algorithm in SECOND and not full:
+        raise RecipeError(
+            f"{algorithm!r} needs the second moment of the input: give calibration data, "
+            f"or choose one of {', '.join(PLAIN)}."
+        )
+    return tuple(dict.fromkeys(("rtn", algorithm)))
+
+
+def _ratio(found: float, base: float) -> float:
+    return found / base if base > 0 else 1.0

@@ -66,8 +66,8 @@ class Linear:
 
     @property
     def name(self) -> str:
-        """The name of the node."""
-        return self.node.name or ""
+        """The name of the node; one without a name is called `Type:output`, as `NameNodes` does."""
+        return self.node.name or f"{self.node.op_type}:{self.node.outputs[0].name}"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -140,6 +140,10 @@ def linear(node: ir.Node) -> Linear | None:
         sides = [None, follow(node.inputs[1])]
     else:
         sides = [follow(value) for value in node.inputs[:2]]
+    if any(
+        isinstance(side, Stored) for side in sides
+    ):  # an input with a default is fed like any other
+        sides = [side if isinstance(side, Stored) else None for side in sides]
     constant = [i for i, side in enumerate(sides) if side is not None]
     if len(constant) != 1:  # two activations, or a product of constants: folding is not our task
         return None

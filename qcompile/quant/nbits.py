@@ -141,7 +141,7 @@ def spread(params: npt.NDArray[Any], layout: Layout) -> npt.NDArray[Any]:
 
 def portable_codes(codes: npt.NDArray[np.uint8], layout: Layout) -> npt.NDArray[Any]:
     """Return the codes of DequantizeLinear, (K, N) of the carrier of `layout.portable_type`, contiguous, new."""
-    made = np.ascontiguousarray(codes.T)
+    made = np.array(codes.T, order="C")  # a copy even where the transpose is contiguous
     if not layout.symmetric:
         return made
     made -= np.uint8(1 << (layout.bits - 1))  # wraps around: two's complement

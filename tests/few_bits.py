@@ -1,0 +1,88 @@
+"""Weights of a few bits for tests, and models whose float weights are exactly these."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from qcompile.algo.blocks import Blocked, groups, width
+from qcompile.graph.edit import is_op
+from qcompile.graph.linear import Linear, find_linears
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+
+def blocked(
+    W: npt.NDArray[Any], bits: int = 4, block: int = 16, *, symmetric: bool = True
+) -> Blocked:
+    """W (N, K) rounded to nearest, with scales that are powers of two: codes times scales are exact in float16 too."""
+    size, count = width(W.shape[1], block), groups(W.shape[1], block)
+    padded = np.zeros((len(W), count * size), np.float32)
+    padded[:, : W.shape[1]] = W
+    parts = padded.reshape(len(W), count, size)
+    low, high = np.minimum(parts.min(2), 0), np.maximum(parts.max(2), 0)
+    middle, most = 1 << (bits - 1), (1 << bits) - 1
+    reach = np.maximum(-low, high) / max(middle - 1, 1) if symmetric else (high - low) / most
+    scale = np.exp2(np.ceil(np.log2(np.maximum(reach, 2.0**-12)))).astype(np.float32)
+    zero = np.full(scale.shape, middle) if symmetric else np.clip(np.rint(-low / scale), 0, most)
+    codes = np.clip(np.rint(parts / scale[..., None]) + zero[..., None], 0, most).reshape(
+        padded.shape
+    )
+    return Blocked(
+        codes[:, : W.shape[1]].astype(np.uint8), scale, zero.astype(np.uint8), bits, block
+    )
+
+
+def random_blocked(
+    rng: np.random.Generator, rows: int, depth: int, bits: int, block: int, *, symmetric: bool
+) -> Blocked:
+    """Random codes, scales and zero points."""
+    shape = (rows, groups(depth, block))
+    zero = np.full(shape, 1 << (bits - 1)) if symmetric else rng.integers(0, 1 << bits, shape)
+    scale = (rng.random(shape) + 0.1).astype(np.float32) * rng.choice(np.array([-1, 1], np.float32), shape)
+    codes = rng.integers(0, 1 << bits, (rows, depth))
+    return Blocked(codes.astype(np.uint8), scale, zero.astype(np.uint8), bits, block)
+
+
+def snapped(
+    model: ir.Model, bits: int = 4, block: int = 16, *, symmetric: bool = True
+) -> dict[str, Blocked]:
+    """Weights by node name; the model's float weights become what these say, so that both compute the same."""
+    _own(model)
+    weights: dict[str, Blocked] = {}
+    made: dict[object, Blocked] = {}
+    for item in find_linears(model):
+        if item.reason is None and item.weight is not None:
+            if item.weight.key not in made:
+                made[item.weight.key] = solved = blocked(
+                    item.read(), bits, block, symmetric=symmetric
+                )
+                _stored(item)[...] = solved.dequantize()
+            weights[item.name] = made[item.weight.key]
+    return weights
+
+
+def _stored(item: Linear) -> npt.NDArray[Any]:
+    """A view (N, K) of the stored numbers."""
+    assert item.weight is not None
+    values: npt.NDArray[Any] = item.weight.tensor.numpy()
+    for kind, numbers in item.weight.moves:
+        moved = values.transpose(numbers) if kind == "transpose" else values.reshape(numbers)
+        assert np.shares_memory(moved, values)
+        values = moved
+    return values
+
+
+def _own(model: ir.Model) -> None:
+    """Constants that can be written."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            assert value.const_value is not None
+            value.const_value = ir.Tensor(value.const_value.numpy().copy(), name=value.name)
+        for node in graph:
+            if is_op(node, "Constant") and "value" in node.attributes:
+                values = node.attributes["value"].as_tensor().numpy().copy()
+                node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(values))

@@ -42,7 +42,9 @@ def random_blocked(
     """Random codes, scales and zero points."""
     shape = (rows, groups(depth, block))
     zero = np.full(shape, 1 << (bits - 1)) if symmetric else rng.integers(0, 1 << bits, shape)
-    scale = (rng.random(shape) + 0.1).astype(np.float32) * rng.choice(np.array([-1, 1], np.float32), shape)
+    scale = (rng.random(shape) + 0.1).astype(np.float32) * rng.choice(
+        np.array([-1, 1], np.float32), shape
+    )
     codes = rng.integers(0, 1 << bits, (rows, depth))
     return Blocked(codes.astype(np.uint8), scale, zero.astype(np.uint8), bits, block)
 
@@ -60,20 +62,25 @@ def snapped(
                 made[item.weight.key] = solved = blocked(
                     item.read(), bits, block, symmetric=symmetric
                 )
-                _stored(item)[...] = solved.dequantize()
+                _put(item, solved.dequantize())
             weights[item.name] = made[item.weight.key]
     return weights
 
 
-def _stored(item: Linear) -> npt.NDArray[Any]:
-    """A view (N, K) of the stored numbers."""
+def _put(item: Linear, values: npt.NDArray[Any]) -> None:
+    """The stored numbers become `values` (N, K), moved back."""
     assert item.weight is not None
-    values: npt.NDArray[Any] = item.weight.tensor.numpy()
+    root: npt.NDArray[Any] = item.weight.tensor.numpy()
+    shapes = [root.shape]
     for kind, numbers in item.weight.moves:
-        moved = values.transpose(numbers) if kind == "transpose" else values.reshape(numbers)
-        assert np.shares_memory(moved, values)
-        values = moved
-    return values
+        shapes.append(numbers if kind == "reshape" else tuple(shapes[-1][axis] for axis in numbers))
+    for (kind, numbers), shape in zip(
+        reversed(item.weight.moves), reversed(shapes[:-1]), strict=True
+    ):
+        values = (
+            values.reshape(shape) if kind == "reshape" else values.transpose(np.argsort(numbers))
+        )
+    root[...] = values
 
 
 def _own(model: ir.Model) -> None:

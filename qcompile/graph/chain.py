@@ -85,7 +85,10 @@ class Stored:
         return shape
 
     def read(self) -> npt.NDArray[np.float32]:
-        """The numbers, float32: a view of the stored ones (mapped from a file) unless they are of another type."""
+        """The numbers, float32, of `shape`.
+
+        A view of the stored ones, mapped from a file, unless they have another type or are reshaped after a transpose.
+        """
         values: npt.NDArray[Any] = self.tensor.numpy()
         for kind, numbers in self.moves:
             values = values.transpose(numbers) if kind == "transpose" else values.reshape(numbers)
@@ -154,7 +157,8 @@ def _new_shape(node: ir.Node, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     """The shape that Flatten, Reshape, Squeeze or Unsqueeze gives to a tensor; None if it is computed."""
     probe = np.broadcast_to(np.int8(0), shape)
     if node.op_type == "Flatten":
-        axis = attribute(node, "axis", 1) % (len(shape) + 1)
+        axis = attribute(node, "axis", 1)
+        axis += len(shape) if axis < 0 else 0
         return int(np.prod(shape[:axis], dtype=int)), int(np.prod(shape[axis:], dtype=int))
     numbers = _numbers(node, "shape" if node.op_type == "Reshape" else "axes")
     if node.op_type == "Squeeze" and numbers is None and len(node.inputs) < 2:

@@ -13,6 +13,7 @@ from qcompile.algo.blocks import Blocked
 from qcompile.quant import nbits
 from qcompile.quant.nbits import Layout
 from qcompile.quant.pack import pack
+from qcompile.quant.scheme import QType
 
 # (N, K): whole blocks, a last block that is not, one row, less than a block, more rows than one.
 SHAPES = [(7, 64), (5, 72), (1, 64), (3, 8), (1, 17), (33, 264)]
@@ -117,10 +118,10 @@ def test_dequantize_linear_reads_the_weights(bits: int, block: int, *, symmetric
         text = f"""g (float[M,{depth}] x) => (float[M,{rows}] y) {{
             w = DequantizeLinear<axis = 0, block_size = {how.size}>(q, s{zero}) y = MatMul(x, w) }}"""
 
-        def tensor(values: np.ndarray) -> ir.TensorProtocol:
+        def tensor(values: np.ndarray, kind: QType = kind) -> ir.TensorProtocol:
             return ir.PackedTensor(
                 pack(values, kind), ir.DataType(kind.onnx_type), shape=values.shape
-            )  # noqa: B023
+            )
 
         codes = nbits.portable_codes(made.codes, how)
         held = codes if kind.bits == 8 else tensor(codes)

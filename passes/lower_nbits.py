@@ -10,7 +10,8 @@ from (N, G, bytes) to (N, G * bytes), since MatMulNBits takes no other shape. Me
 1024, 4 bits, blocks of 32: the file has 41 MB instead of 74. The Reshape costs nothing at run time: ORT folds it when
 it optimizes, to a second copy in memory, and else lets it alias. The other way round saves that copy, but without
 optimization MatMulNBits then unpacks the whole matrix each time (454 ms instead of 6).
-In the portable form a lookup wants rows and the product columns, so a table of both is stored twice.
+In the portable form each product stores its own weights, since ORT fuses no others, and a lookup wants rows where a
+product wants columns; so what is shared is stored as often as it is read.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class LowerNbits(Pass):
 
     Attributes:
         weights: by node name, (N, K) as `find_linears` has it. Nodes that share a matrix share a payload if their
-            weights are one object or hold the same numbers.
+            weights are one object or hold the same numbers (form nbits).
         form: operators of ORT, or of ONNX only (opset 21; 25 for 2 bits).
         accuracy_level: of MatMulNBits: 4 rounds activations to 8 bits by blocks, which is 4 to 14 times as fast as
             floats for one row; 0 and 1 keep them float32. The portable form leaves it to the session.
@@ -105,6 +106,9 @@ class LowerNbits(Pass):
         bits, opset = source.layout.stored, model.opset_imports.get("", 1)
         if opset < _SINCE[bits][0]:
             return f"opset {opset} has no blocks of {bits}-bit codes: raise it to {_SINCE[bits][0]}"
+        if bits == 2 and source.layout.rows % 4:
+            # Measured on ORT 1.32: the fusion into MatMulNBits mixes up such codes.
+            return f"ONNX Runtime computes {source.layout.rows} outputs of 2-bit codes wrongly: their number must be a multiple of 4"
         if item.kind == "gather":
             if bits < 8:
                 return f"Gather takes no {bits}-bit codes: lower it in the form of ORT"
@@ -263,7 +267,6 @@ class _Lowering:
             inputs = [x, payload.codes, payload.scale, payload.zero, None, bias]  # None: g_idx
             return step("MatMulNBits", inputs, "nbits", attributes, MS, main=True)
         payload = self.store.payload(item, source, "portable", alpha)
-        # One for each reader: ORT fuses no DequantizeLinear that two read.
         weight = step(
             "DequantizeLinear", [payload.codes, payload.scale, payload.zero], "weight",
             {"axis": 0, "block_size": layout.size},

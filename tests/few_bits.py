@@ -6,13 +6,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
+from rewrites import assert_close, assert_same_interface, parse, random_feed, run
 
+from passes.lower_nbits import Form, LowerNbits
+from passes.name_nodes import NameNodes
 from qcompile.algo.blocks import Blocked, groups, width
-from qcompile.graph.edit import is_op
+from qcompile.graph import io
+from qcompile.graph.edit import graphs, is_op, nodes
 from qcompile.graph.linear import Linear, find_linears
+from qcompile.run.session import Level, Options, Session
+from qcompile.step import run_pass
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     import numpy.typing as npt
+
+    from qcompile.step import Outcome
 
 
 def blocked(
@@ -93,3 +103,66 @@ def _own(model: ir.Model) -> None:
             if is_op(node, "Constant") and "value" in node.attributes:
                 values = node.attributes["value"].as_tensor().numpy().copy()
                 node.attributes["value"] = ir.AttrTensor("value", ir.Tensor(values))
+
+
+def named(text: str, opset: int = 21) -> ir.Model:
+    """The model of a text, its nodes named."""
+    model = parse(text, opset, 10)
+    run_pass(NameNodes(), model)
+    return model
+
+
+def narrow(text: str, kind: ir.DataType, *names: str) -> ir.Model:
+    """The model with these inputs, outputs and constants of another float type."""
+    model = named(text)
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        if value.name in names:
+            value.type = ir.TensorType(kind)
+            if value.const_value is not None:
+                value.const_value = ir.Tensor(
+                    value.const_value.numpy().astype(kind.numpy()), name=value.name
+                )
+    return model
+
+
+def lowered(
+    text: str | ir.Model,
+    form: Form = "nbits",
+    *,
+    bits: int = 4,
+    block: int = 16,
+    symmetric: bool = True,
+    opset: int = 21,
+    given: Mapping[str, np.ndarray] | None = None,
+    rtol: float = 1e-5,
+    atol: float = 1e-6,
+) -> tuple[ir.Model, Outcome]:
+    """The model with everything lowered that can be; it computes the same, and a second run changes nothing."""
+    model = named(text, opset) if isinstance(text, str) else text
+    weights = snapped(model, bits, block, symmetric=symmetric)
+    before, feed = model.clone(), random_feed(model, given=given)
+    wanted = run(before, feed)
+    step = LowerNbits(weights, form, accuracy_level=1)
+    outcome = run_pass(step, model)
+    assert outcome.changed
+    assert io.check(model) is None
+    assert_same_interface(before, model)
+    config = (("session.qdq_matmulnbits_accuracy_level", "1"),)  # or activations have 8 bits
+    levels: tuple[Level, ...] = ("off", "basic", "all")
+    for level in levels:
+        found = Session(model, Options(level, threads=1, config=config)).run(feed)
+        assert_close(found, wanted, rtol=rtol, atol=atol)
+    text_after = ir.to_onnx_text(model)
+    assert run_pass(step, model).changed == []
+    assert ir.to_onnx_text(model) == text_after
+    return model, outcome
+
+
+def ops(model: ir.Model) -> list[str]:
+    """The types of the nodes of all graphs."""
+    return [node.op_type for node in nodes(model)]
+
+
+def stored(model: ir.Model) -> set[str]:
+    """The names of the initializers of all graphs."""
+    return {name for graph in graphs(model) for name in graph.initializers}

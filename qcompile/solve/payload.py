@@ -117,7 +117,12 @@ class Payload:
 
 
 class Store:
-    """The payloads of a model, in the graphs where the float weights are: readable wherever those are."""
+    """The payloads of a model, in the graphs where the float weights are: readable wherever those are.
+
+    But for the portable style: each node has its own, in its own graph. ORT 1.32 makes MatMulNBits of a
+    DequantizeLinear only if nobody else reads its codes, scales and zero points, and refuses a model where these stand
+    in an outer graph ("Missing required weight").
+    """
 
     def __init__(self, names: Names) -> None:
         self._names = names
@@ -135,7 +140,8 @@ class Store:
         """
         weight = item.weight
         assert weight is not None
-        payloads = self._payloads.setdefault((weight.key, weight.dtype, style, factor), [])
+        own = item.node if style == "portable" else None
+        payloads = self._payloads.setdefault((weight.key, weight.dtype, style, factor, own), [])
         for known, payload in payloads:
             if known.same(source):
                 return payload
@@ -149,7 +155,9 @@ class Store:
         ) -> ir.Value:
             shape = shapes[index]
             tensor = self._tensor(source, dtype, shape, lambda made: make(made).reshape(shape))
-            return self._register(item, f"{name}_{part}", tensor)
+            return self._register(
+                weight.root.graph if own is None else own.graph, f"{name}_{part}", tensor
+            )
 
         payload = Payload(
             stored("q", 0, types, lambda made: _codes(made, layout, style)),
@@ -206,9 +214,7 @@ class Store:
             self._last = (source, made)
         return made
 
-    def _register(self, item: Linear, wish: str, tensor: ir.TensorProtocol) -> ir.Value:
-        assert item.weight is not None
-        home = item.weight.root.graph
+    def _register(self, home: object, wish: str, tensor: ir.TensorProtocol) -> ir.Value:
         assert isinstance(home, ir.Graph)
         name = self._names.fresh(wish)
         tensor.name = name

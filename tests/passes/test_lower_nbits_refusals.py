@@ -7,24 +7,17 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from few_bits import blocked
+from few_bits import blocked, named
 from lowering import constant
 from rewrites import parse
 
 from passes.lower_nbits import Form, LowerNbits
-from passes.name_nodes import NameNodes
 from qcompile.errors import PassError
 from qcompile.graph.linear import find_linears
 from qcompile.step import run_pass
 
 W = constant("w", 32, 24)  # (K, N)
 E = constant("e", 24, 32)  # (N, K)
-
-
-def named(text: str, opset: int = 21) -> ir.Model:
-    model = parse(text, opset, 10)
-    run_pass(NameNodes(), model)
-    return model
 
 
 REFUSED = {
@@ -71,6 +64,8 @@ def test_refusals_by_the_form() -> None:
     lookup = f"g (int64[2] i) => (float[2,32] y) <{E}> {{ y = Gather(e, i) }}"
     assert "raise it to 21" in refused(product, "portable", opset=17)
     assert "raise it to 25" in refused(product, "portable", bits=2)
+    odd = f"g (float[3,32] x) => (float[3,6] y) <{constant('w', 32, 6)}> {{ y = MatMul(x, w) }}"
+    assert "multiple of 4" in refused(odd, "portable", opset=25, bits=2)
     assert "Gather takes no 4-bit codes" in refused(lookup, "portable")
     assert "how many axes" in refused(
         "g (float f) => (float y) <{}> {{ i = com.x.Op(f) r = Gather(e, i) y = com.x.Op(r) }}".format(E),  # noqa: UP032

@@ -33,8 +33,16 @@ _PRICES = 48  # of noise, from nothing to more than any time
 _LEAST, _MOST = 1e2, 1e13  # nanoseconds a unit of noise
 _WIDE = 1e3  # factor on the time of float nodes, that makes all integer
 _TRIES = 14  # plans that are measured
-_BOLD = (1.0, 1.1, 1.25, 1.5, 2.0)  # factors on the noise aimed at, once something is within the limits
+_BOLD = (
+    1.0,
+    1.1,
+    1.25,
+    1.5,
+    2.0,
+    3.0,
+)  # factors on the noise aimed at, once something is within the limits
 _CAREFUL = (1.0, 0.8, 0.6, 0.4, 0.25, 0.1, 1.25, 1.6, 2.5, 4.0)  # and before that
+_FAR = 4.0  # the same factor, where single nodes are left out
 _AROUND = 48  # nodes that are left out in turn
 _GAIN = 1e-3  # of the time, that a plan must promise to save
 
@@ -167,22 +175,24 @@ class _Search:
                 continue
             if self._ns(plan) < (1 - _GAIN) * self._cost:
                 return plan
-        return self._around(aim) if self._cost == math.inf else None
+        return self._around(aim)
 
     def _around(self, aim: float) -> Plan | None:
-        """The plan of least predicted noise that has one node less than the one nearest to the limits, whatever follows.
+        """The plan of least predicted noise that leaves one node float of the one nearest to the limits, whatever follows.
 
         Where errors cancel each other, what seems to be the quietest plan need not be.
         """
         assert self._referee.best is not None
         nearest = self._referee.best.attempt.plan
-        wanted = self._estimate.request(self._request, aim * _CAREFUL[-1])
+        wanted = self._estimate.request(self._request, aim * _FAR)
         found = []
         for entry in nearest.of(Form.STATIC, Form.DYNAMIC)[:_AROUND]:
             forms = {**wanted.forms, entry.node: Form.FLOAT}
             reasons = {entry.node: "left float for accuracy or speed", **wanted.reasons}
             plan = self._shop.plan(dataclasses.replace(wanted, forms=forms, reasons=reasons))
-            if plan.quantizes and _forms(plan) not in self._seen:
+            if not plan.quantizes or _forms(plan) in self._seen:
+                continue
+            if self._ns(plan) < (1 - _GAIN) * self._cost:
                 found.append(plan)
         return min(found, key=self._estimate.of, default=None)
 

@@ -83,7 +83,9 @@ def weight_shares(shop: Workshop, plan: Plan, ranging: Ranging) -> dict[str, flo
     """
     found = {}
     for name, weight in shop.solve(plan, ranging).weights.items():
-        signal = float(np.mean(np.square(dequantize(weight.codes, weight.params), dtype=np.float64)))
+        signal = float(
+            np.mean(np.square(dequantize(weight.codes, weight.params), dtype=np.float64))
+        )
         steps = np.square(weight.params.scale, dtype=np.float64)
         found[name] = float(np.mean(steps)) / 12 / signal if signal > 0 else 0.0
     total = sum(found.values())

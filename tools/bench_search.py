@@ -33,6 +33,7 @@ from qcompile.recipe import Recipe
 from qcompile.referee import Referee
 from qcompile.run.session import Feed
 from qcompile.verify.latency import Timing
+from qcompile.verify.metric import Metric
 from qcompile.workshop import Attempt, Ranging, Workshop
 
 SIDE = 16
@@ -74,9 +75,7 @@ def toy(groups: int, *, chain: bool, seed: int = 0) -> onnx.ModelProto:
 def images(count: int, seed: int = 0) -> list[Feed]:
     """Samples of a toy's input."""
     rng = np.random.default_rng([18, seed])
-    return [
-        {"x": rng.normal(size=(1, 16, SIDE, SIDE)).astype(np.float32)} for _ in range(count)
-    ]
+    return [{"x": rng.normal(size=(1, 16, SIDE, SIDE)).astype(np.float32)} for _ in range(count)]
 
 
 class Entry(NamedTuple):
@@ -90,14 +89,16 @@ class Entry(NamedTuple):
 class CostReferee(Referee):
     """A referee whose clock is the plan's cost."""
 
-    def __init__(self, bench: Toy, limit: float) -> None:
-        recipe = dataclasses.replace(bench.opened.recipe, min_sqnr=limit)
-        super().__init__(dataclasses.replace(bench.opened, recipe=recipe), None)
+    def __init__(self, bench: Toy, metric: Metric | None = None, **limits: Any) -> None:
+        """`limits` are fields of the recipe."""
+        recipe = dataclasses.replace(bench.opened.recipe, **limits)
+        super().__init__(dataclasses.replace(bench.opened, recipe=recipe), metric)
         self._bench = bench
 
-    def _race(self, attempt: Attempt, feed: Feed) -> Timing:
+    def _race(self, attempt: Attempt, _: Feed) -> Timing:
         ns, whole = self._bench.ns(attempt.plan), self._bench.float_ns
-        return Timing({"fp32": whole / 1e6, "result": ns / 1e6}, {"fp32": 1.0, "result": whole / ns}, 3)
+        times = {"fp32": whole / 1e6, "result": ns / 1e6}
+        return Timing(times, {"fp32": 1.0, "result": whole / ns}, 3)
 
 
 class Toy:
@@ -141,19 +142,18 @@ class Toy:
                 db = self.shop.judge(self.attempt(plan)).worst_db
                 yield Entry(floats, self.ns(plan), db)
 
-    def search(self, limit: float) -> tuple[Entry, int]:
-        """The answer of the search within a limit of SQNR, and how many plans it measured."""
+    def search(self, referee: Referee) -> tuple[Entry, int]:
+        """The answer of the search within a referee's limits, and how many plans it measured."""
         best = self.attempt(self.draft)
         self.shop.judge(best)
         found = tune.sensitivity(self.shop, best.plan, best.ranging)
-        referee = CostReferee(self, limit)
         noise = None if found is None else found.noise
         frontier.within(self.shop, self.request, best, noise, referee)
         assert referee.best is not None
-        standing = referee.best
-        floats = tuple(n for n in self.names if standing.attempt.plan[n].form is Form.FLOAT)
-        db = math.inf if standing.point.sqnr_db is None else standing.point.sqnr_db
-        return Entry(floats, self.ns(standing.attempt.plan), db), len(referee.points)
+        plan, point = referee.best.attempt.plan, referee.best.point
+        floats = tuple(n for n in self.names if plan[n].form is Form.FLOAT)
+        db = math.inf if point.sqnr_db is None else point.sqnr_db
+        return Entry(floats, self.ns(plan), db), len(referee.points)
 
 
 class Row(NamedTuple):
@@ -177,7 +177,7 @@ def compared(bench: Toy, entries: Sequence[Entry], levels: int) -> list[Row]:
     rows = []
     for limit in np.linspace(least, most, levels + 2)[1:-1].tolist():
         best = min((e for e in entries if e.db >= limit), key=lambda e: (e.ns, -e.db))
-        rows.append(Row(limit, best, *bench.search(limit)))
+        rows.append(Row(limit, best, *bench.search(CostReferee(bench, min_sqnr=limit))))
     return rows
 
 

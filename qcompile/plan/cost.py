@@ -33,10 +33,14 @@ def plan_cost(
     total = 0.0
     integer: set[str] = set()
     items = {}
+    candidates = [item for item in found.values() if isinstance(item, Candidate)]
+    absorbed = {node.name for item in candidates for node in item.absorbed}
     for entry in plan.nodes:
         item = found.get(entry.node)
         if not isinstance(item, Candidate) or item.role in _APART or entry.form is Form.ABSORBED:
             continue
+        if entry.node in absorbed and entry.form not in _INTEGER:
+            continue  # as float it is fused as well
         measured = request.measured.get(entry.node)
         as_float, as_int = measured or node_costs(item, facts)
         if entry.form in _INTEGER:

@@ -44,7 +44,8 @@ _BOLD = (
 _CAREFUL = (1.0, 0.8, 0.6, 0.4, 0.25, 0.1, 1.25, 1.6, 2.5, 4.0)  # and before that
 _FAR = 4.0  # the same factor, where single nodes are left out
 _AROUND = 48  # nodes that are left out in turn
-_GAIN = 1e-3  # of the time, that a plan must promise to save
+_GAIN = 0.01  # of the time, that a plan must promise to save: less is not measured
+_PATIENCE = 7  # plans in a row that were in vain, once one is within the limits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +148,7 @@ class _Search:
         self._low, self._high = 0.0, self._known  # noise that is accepted, and that is not
         self._seen: set[tuple[Form, ...]] = set()
         self._cost = math.inf  # of the fastest plan within the limits
+        self._vain = 0  # plans since then
 
     def run(self, start: Plan, first: Point) -> None:
         """Measures plans until none is left that promises more, or the tries or the time are over."""
@@ -154,7 +156,8 @@ class _Search:
         if first.misses and self._known == math.inf:
             self._high = _noise(first)
         for _ in range(_TRIES):
-            plan = None if self._referee.expired else self._next()
+            over = self._referee.expired or self._vain >= _PATIENCE
+            plan = None if over else self._next()
             if plan is None:
                 return
             self._seen.add(_forms(plan))
@@ -206,9 +209,11 @@ class _Search:
         noise = _noise(point)
         self._estimate.learn(plan, noise)
         if _accurate(self._referee, point):
-            self._cost = min(self._cost, self._ns(plan))
+            self._cost, self._vain = min(self._cost, self._ns(plan)), 0
             self._low = max(self._low, min(noise, self._high))
-        elif noise <= self._known:  # another limit is broken, so that noise must be less
+            return
+        self._vain += self._cost < math.inf
+        if noise <= self._known:  # another limit is broken, so that noise must be less
             self._high = min(self._high, noise)
 
     def _ns(self, plan: Plan) -> float:

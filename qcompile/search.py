@@ -77,10 +77,12 @@ def find_best(
         referee = Referee(opened, metric)
         frontier.within(shop, request, best, None if found is None else found.noise, referee)
         assert referee.best is not None
+        history.blame = frontier.blame(None if found is None else found.noise)
+        if referee.best.attempt is not best and history.blame:
+            history.notes.append(f"The fastest plan was not taken. {history.blame}")
         best = _choose_format(shop, referee.best.attempt, opened, history)
         history.points, history.budget = referee.points, referee.budget
         referee.measure(shop, best, "the result")
-        history.blame = frontier.blame(None if found is None else found.noise)
     else:
         if found is not None and goal and not met(best, goal):
             best = _more_accurate(shop, request, best, found, goal, opened, history)

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from qcompile import tune
 from qcompile.budget import Point
 from qcompile.errors import ModelError
+from qcompile.plan.candidates import Candidate
 from qcompile.plan.cost import plan_cost
 from qcompile.plan.make import Request
 from qcompile.plan.plan import Form, Plan
@@ -43,7 +44,7 @@ _BOLD = (
 )  # factors on the noise aimed at, once something is within the limits
 _CAREFUL = (1.0, 0.8, 0.6, 0.4, 0.25, 0.1, 1.25, 1.6, 2.5, 4.0)  # and before that
 _FAR = 4.0  # the same factor, where single nodes are left out
-_AROUND = 48  # nodes that are left out in turn
+_AROUND = 48  # nodes of either side that are turned
 _GAIN = 0.01  # of the time, that a plan must promise to save: less is not measured
 _PATIENCE = 7  # plans in a row that were in vain, once one is within the limits
 
@@ -181,23 +182,33 @@ class _Search:
         return self._around(aim)
 
     def _around(self, aim: float) -> Plan | None:
-        """The plan of least predicted noise that leaves one node float of the one nearest to the limits, whatever follows.
+        """The plan of least predicted noise with one node on the other side than in the one nearest to the limits.
 
         Where errors cancel each other, what seems to be the quietest plan need not be.
         """
         assert self._referee.best is not None
         nearest = self._referee.best.attempt.plan
         wanted = self._estimate.request(self._request, aim * _FAR)
+        flips = [(entry.node, Form.FLOAT) for entry in nearest.of(Form.STATIC, Form.DYNAMIC)]
+        flips = flips[:_AROUND]
+        if self._cost == math.inf:  # the nearest may have few integer nodes, and none to spare
+            others = (entry.node for entry in nearest.of(Form.FLOAT))
+            flips += [(name, Form.STATIC) for name in others if self._heavy(name)][:_AROUND]
         found = []
-        for entry in nearest.of(Form.STATIC, Form.DYNAMIC)[:_AROUND]:
-            forms = {**wanted.forms, entry.node: Form.FLOAT}
-            reasons = {entry.node: "left float for accuracy or speed", **wanted.reasons}
+        for name, form in flips:
+            forms = {**wanted.forms, name: form}
+            reasons = {name: "left float for accuracy or speed", **wanted.reasons}
             plan = self._shop.plan(dataclasses.replace(wanted, forms=forms, reasons=reasons))
             if not plan.quantizes or _forms(plan) in self._seen:
                 continue
             if self._ns(plan) < (1 - _GAIN) * self._cost:
                 found.append(plan)
         return min(found, key=self._estimate.of, default=None)
+
+    def _heavy(self, name: str) -> bool:
+        """Whether a node is a Conv that a plan may have integer."""
+        item = self._shop.found.get(name)
+        return isinstance(item, Candidate) and item.role == "conv"
 
     def _aim(self) -> float:
         """The noise that the next plan may have."""

@@ -1,6 +1,6 @@
 """Compares the search within limits with the best of all plans, on toy models small enough to try every one.
 
-    python tools/bench_search.py [--groups 9] [--shape apart,chain] [--seeds 2] [--levels 6]
+    python tools/bench_search.py [--groups 9] [--shape apart,chain] [--seeds 2] [--levels 6] [--pooled]
 
 A toy has up to 12 convolutions of different sizes, whose weights and activations have different outliers. Each
 of the 2^n sets that stay float is compiled and judged on held-out samples; the time of a plan is what the target's costs
@@ -42,11 +42,12 @@ CHANNELS = (16, 32, 48, 64)
 _FORM = "fused"
 
 
-def toy(groups: int, *, chain: bool, seed: int = 0) -> onnx.ModelProto:
+def toy(groups: int, *, chain: bool, seed: int = 0, pooled: bool = False) -> onnx.ModelProto:
     """`x (N, 16, 16, 16)` -> so many convolutions c0, c1 ... -> `y (N, channels, 16, 16)`.
 
     Between them stands Softsign, which has no integer kernel: each is a group of its own; or with `chain` a Relu, so
     that neighbours that are both integer share their codes. Channels, kernels and outliers are drawn.
+    With `pooled` the output is scores of the mean over all places, where errors partly cancel: noise does not add up.
     """
     rng = np.random.default_rng([17, seed])
     constants: dict[str, npt.NDArray[np.float32]] = {}
@@ -64,8 +65,12 @@ def toy(groups: int, *, chain: bool, seed: int = 0) -> onnx.ModelProto:
             f"[r{i}] r{i} = {between}(a{i}) "
         )
         value, inner = f"r{i}", outer
-    kind = f"float[N,{inner},{SIDE},{SIDE}]"
-    text = f"toy (float[N,16,{SIDE},{SIDE}] x) => ({kind} y) {{ {steps}y = Neg({value}) }}"
+    kind, last = f"float[N,{inner},{SIDE},{SIDE}]", f"y = Neg({value})"
+    if pooled:
+        constants["h"] = rng.normal(size=(inner, 10)).astype(np.float32)
+        kind = "float[N,10]"
+        last = f"p = ReduceMean<axes = [2, 3], keepdims = 0>({value}) y = MatMul(p, h)"
+    text = f"toy (float[N,16,{SIDE},{SIDE}] x) => ({kind} y) {{ {steps}{last} }}"
     model = onnx.parser.parse_model('<ir_version: 8, opset_import: ["" : 17]>\n' + text)
     for name, values in constants.items():
         model.graph.initializer.append(numpy_helper.from_array(values, name))
@@ -104,9 +109,11 @@ class CostReferee(Referee):
 class Toy:
     """A toy model, opened and calibrated, and its fastest plan."""
 
-    def __init__(self, groups: int, *, chain: bool, seed: int = 0, samples: int = 40) -> None:
+    def __init__(
+        self, groups: int, *, chain: bool, seed: int = 0, samples: int = 40, pooled: bool = False
+    ) -> None:
         recipe = Recipe(threads=1, search_time=1e6, ranges="minmax")
-        model = toy(groups, chain=chain, seed=seed)
+        model = toy(groups, chain=chain, seed=seed, pooled=pooled)
         self.opened: Opened = open_model(model, images(samples, seed), recipe)
         self.shop = Workshop(
             self.opened.prepared, self.opened.target, self.opened.facts, recipe, self.opened.samples,
@@ -204,6 +211,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shape", default="apart,chain", help="of apart, chain")
     parser.add_argument("--seeds", type=int, default=2, metavar="N", help="toys of a shape")
     parser.add_argument("--levels", type=int, default=6, metavar="N", help="limits for a toy")
+    parser.add_argument("--pooled", action="store_true", help="scores of a mean as output")
     return parser.parse_args()
 
 
@@ -214,7 +222,7 @@ def main() -> None:
     for shape in args.shape.split(","):
         for seed in range(args.seeds):
             start = time.perf_counter()
-            bench = Toy(args.groups, chain=shape == "chain", seed=seed)
+            bench = Toy(args.groups, chain=shape == "chain", seed=seed, pooled=args.pooled)
             rows = compared(bench, list(bench.every()), args.levels)
             took = time.perf_counter() - start
             title = f"{shape}, seed {seed}: {2**args.groups - 1} plans, {took:.0f} s"

@@ -61,6 +61,7 @@ class Budget:
         max_size: 10^6 bytes.
         max_latency: milliseconds.
         smallest: the smallest result is best, not the fastest.
+        min_speedup: over the float model, timed in turn: where ms themselves do not matter, it is the steadier figure.
     """
 
     max_drop: float = math.inf
@@ -68,6 +69,7 @@ class Budget:
     max_size: float = math.inf
     max_latency: float = math.inf
     smallest: bool = False
+    min_speedup: float = 0.0
 
     def excess(self, point: Point) -> float:
         """By how much a point breaks the limits, 0 if it keeps all: the sum of relative excesses."""
@@ -75,6 +77,7 @@ class Budget:
         over = [
             (point.size_mb, self.max_size),
             (point.latency_ms, self.max_latency),
+            (self.min_speedup, point.speedup),
             (point.drop, self.max_drop),
             (
                 10 ** (-db / 20),
@@ -103,6 +106,10 @@ class Budget:
         if point.latency_ms > self.max_latency:
             found.append(
                 f"the latency is {point.latency_ms:.2f} ms, the limit is {self.max_latency:.2f} ms"
+            )
+        if point.speedup < self.min_speedup:
+            found.append(
+                f"it is {point.speedup:.2f}x as fast, the limit is {self.min_speedup:.2f}x"
             )
         return tuple(found)
 

@@ -1,11 +1,12 @@
 """The search for the fastest (or smallest) result within limits, and the trade-off that it finds on the way.
 
-Noise gets a price, in nanoseconds a unit, and for each price the plan is the exact optimum of time plus price times
-noise: sites that kernels couple are one cut (`qcompile.plan.make`), so they move together. These plans, from the
-fastest to the most accurate, are the rungs of a ladder, the lower convex hull of what can be reached (Everett
-1963). Predictions only order them: rungs are compiled, run and timed, by bisection, until the first one within the
-limits is known. Between that rung and the one before it, single nodes are made integer again, those first
-that save most time for their noise, as long as the measured result stays within the limits.
+Noise is predicted from measured sensitivities (`qcompile.predict`), and the fastest plan whose predicted noise is within the
+limit is an integer program: the cut of `qcompile.plan.make` with one further constraint, exact however sites are coupled.
+It is compiled, run and timed; what it has in truth corrects the prediction, and the next plan is solved for. Once a
+plan is within the limits, plans of a little more predicted noise are tried as well, as the prediction may be
+too high. A limit of another kind than SQNR is a limit of noise that is not known: it is bracketed by what was measured.
+Where predictions stay wrong plan after plan, as where errors cancel each other, ever less is aimed at, and once that
+succeeds, the middle between what failed and what did not.
 """
 
 from __future__ import annotations
@@ -13,49 +14,39 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from qcompile import tune
 from qcompile.budget import Point
 from qcompile.errors import ModelError
 from qcompile.plan.candidates import Candidate
-from qcompile.plan.make import Request, node_costs
+from qcompile.plan.cost import plan_cost
+from qcompile.plan.make import Request
 from qcompile.plan.plan import Form, Plan
+from qcompile.predict import Estimate
 from qcompile.referee import Referee
 from qcompile.verify.sensitivity import Noise
 from qcompile.workshop import Attempt, Workshop
 
 logger = logging.getLogger(__name__)
 
-_PRICES = 48  # of noise, from nothing to more than any time
-_LEAST, _MOST = 1e2, 1e13  # nanoseconds a unit of noise
 _WIDE = 1e3  # factor on the time of float nodes, that makes all integer
-_REPAIRS = 12  # parts that are made integer again
-
-
-@dataclasses.dataclass(frozen=True)
-class Rung:
-    """A plan, and the noise-to-signal ratio that is predicted of it."""
-
-    plan: Plan
-    noise: float
-
-
-def ladder(shop: Workshop, request: Request, noise: Noise, start: Plan) -> list[Rung]:
-    """Plans of rising price of noise, the first one is `start`; each quantizes something."""
-    single = tune.by_tensor(shop, start, noise)
-    rungs = [Rung(start, tune.noise_of(shop, start, noise, single))]
-    seen = {_forms(start)}
-    for i in range(_PRICES):
-        price = _LEAST * (_MOST / _LEAST) ** (i / (_PRICES - 1))
-        plan = shop.plan(dataclasses.replace(request, noise=single, price=price))
-        if _forms(plan) in seen or not plan.quantizes:
-            continue
-        seen.add(_forms(plan))
-        predicted = tune.noise_of(shop, plan, noise, single)
-        if predicted < rungs[-1].noise or len(rungs) == 1:
-            rungs.append(Rung(plan, predicted))
-    return rungs
+_TRIES = 14  # plans that are measured
+_BOLD = (
+    1.0,
+    1.1,
+    1.25,
+    1.5,
+    2.0,
+    3.0,
+)  # factors on the noise aimed at, once something is within the limits
+_CAREFUL = (1.0, 0.8, 0.6, 0.4, 0.25, 0.1, 1.25, 1.6, 2.5, 4.0)  # and before that
+_FAR = 4.0  # the same factor, where single nodes are left out
+_AROUND = 24  # nodes of either side that are turned
+_GAIN = 0.01  # of the time, that a plan must promise to save: less is not measured
+_TRUST = 2  # plans that may fail before less is aimed at
+_DISTRUST = 0.35  # the share of the noise aimed at, that is aimed at next
+_NEAR = 1.2  # shares nearer to each other are taken as the same
+_PATIENCE = 7  # plans in a row that were in vain, once one is within the limits
 
 
 def within(
@@ -80,16 +71,10 @@ def within(
         _smaller(shop, request, best.plan, measured)
     if _accurate(referee, first) or noise is None:
         return
-    rungs = ladder(shop, request, noise, best.plan)
-    with shop.progress.stage("searching", _steps(len(rungs))) as tick:
-        low, high = _bisect(rungs, best, referee, measured, tick)
-        if high < len(rungs) and not referee.expired:
-
-            def kept(plan: Plan, what: str) -> bool:
-                point = measured(plan, what)
-                return point is not None and _accurate(referee, point)
-
-            refill(shop, request, noise, (rungs[low], rungs[high]), kept, lambda: referee.expired)
+    estimate = Estimate(shop, best.plan, best.ranging, noise)
+    estimate.learn(best.plan, best.noise)
+    with shop.progress.stage("searching", _TRIES) as tick:
+        _Search(shop, request, estimate, referee, measured, tick).run(best.plan, first)
 
 
 def blame(noise: Noise | None, most: int = 5) -> str:
@@ -110,13 +95,11 @@ def _forms(plan: Plan) -> tuple[Form, ...]:
     return tuple(entry.form for entry in plan.nodes)
 
 
-def _steps(rungs: int) -> int:
-    return max(1, math.ceil(math.log2(max(rungs, 2))))
-
-
 def _accurate(referee: Referee, point: Point) -> bool:
     """Whether the limits of accuracy are kept, whatever the size and the time."""
-    budget = dataclasses.replace(referee.budget, max_size=math.inf, max_latency=math.inf)
+    budget = dataclasses.replace(
+        referee.budget, max_size=math.inf, max_latency=math.inf, min_speedup=0.0
+    )
     return budget.excess(point) == 0
 
 
@@ -129,100 +112,133 @@ def _smaller(
         measured(widest, "as much as possible integer")
 
 
-def _bisect(
-    rungs: Sequence[Rung], best: Attempt, referee: Referee, measured: Callable[[Plan, str], Point | None],
-    tick: Callable[[int, int | None], None],
-) -> tuple[int, int]:  # fmt: skip
-    """The last rung found that breaks the limits of accuracy, and the first one that keeps them."""
-    low, high = 0, len(rungs)
-    first = True
-    while low + 1 < high and not referee.expired:
-        middle = _guess(rungs, best, referee, low, high) if first else (low + high) // 2
-        first = False
-        point = measured(rungs[middle].plan, f"noise at price {middle} of {len(rungs) - 1}")
-        if point is not None and _accurate(referee, point):
-            high = middle
-        else:
-            low = middle
-        tick(1, None)
-    return low, high
+class _Search:
+    """Plans solved for, measured, and what is known of them."""
 
+    def __init__(
+        self, shop: Workshop, request: Request, estimate: Estimate, referee: Referee,
+        measured: Callable[[Plan, str], Point | None], tick: Callable[[int, int | None], None],
+    ) -> None:  # fmt: skip
+        self._shop, self._request, self._estimate = shop, request, estimate
+        self._referee, self._measured, self._tick = referee, measured, tick
+        limit = referee.budget.min_sqnr
+        self._known = 10 ** (-limit / 10) if math.isfinite(limit) else math.inf
+        self._low, self._high = 0.0, self._known  # noise that is accepted, and that is not
+        self._seen: set[tuple[Form, ...]] = set()
+        self._cost = math.inf  # of the fastest plan within the limits
+        self._vain = 0  # plans since then
+        self._failed = 0  # plans in a row, before that
+        self._share = 1.0  # of the noise aimed at, as predictions are not to be trusted
+        self._calm, self._wild = (
+            0.0,
+            math.inf,
+        )  # the greatest share that succeeded, the least that did not
 
-def _guess(rungs: Sequence[Rung], best: Attempt, referee: Referee, low: int, high: int) -> int:
-    """The rung that a limit of SQNR asks for, if the predictions are right; else the middle one."""
-    limit = referee.budget.min_sqnr
-    if not math.isfinite(limit) or rungs[0].noise <= 0:
-        return (low + high) // 2
-    factor = max(best.noise, 1e-30) / rungs[0].noise
-    for i in range(low + 1, high):
-        if rungs[i].noise * factor <= 10 ** (-limit / 10):
-            return i
-    return high - 1
+    def run(self, start: Plan, first: Point) -> None:
+        """Measures plans until none is left that promises more, or the tries or the time are over."""
+        self._seen.add(_forms(start))
+        if first.misses and self._known == math.inf:
+            self._high = _noise(first)
+        for _ in range(_TRIES):
+            over = self._referee.expired or self._vain >= _PATIENCE
+            plan = None if over else self._next()
+            if plan is None:
+                return
+            self._seen.add(_forms(plan))
+            point = self._measured(plan, f"predicted {_decibels(self._estimate.of(plan)):.1f} dB")
+            self._tick(1, None)
+            if point is not None:
+                self._learn(plan, point)
 
+    def _next(self) -> Plan | None:
+        """The fastest plan within the noise aimed at that was not measured yet and promises to be faster than the best.
 
-def refill(
-    shop: Workshop, request: Request, noise: Noise, rungs: tuple[Rung, Rung],
-    keeps: Callable[[Plan, str], bool], over: Callable[[], bool] = lambda: False, most: int = _REPAIRS,
-) -> None:  # fmt: skip
-    """Parts of what the first rung has integer and the second has not are added to the second, as long as that is good.
+        Before anything is within the limits, plans of less noise are tried, and after that plans of more.
+        """
+        aim = self._aim() * self._share
+        found = self._cost < math.inf
+        for ease in _BOLD if found else _CAREFUL:
+            if found and self._share * ease >= self._wild < 1.0:
+                break
+            plan = self._shop.plan(self._estimate.request(self._request, aim * ease))
+            if not plan.quantizes or _forms(plan) in self._seen:
+                continue
+            if self._ns(plan) < (1 - _GAIN) * self._cost:
+                return plan
+        if found and self._share < 1.0:  # nothing is left between what failed and what did not
+            self._share, self._wild = 1.0, math.inf
+            return self._next()
+        return self._around(aim)
 
-    Args:
-        shop: makes plans.
-        request: for them.
-        noise: by site.
-        rungs: one that is not accurate enough, and a slower one that is.
-        keeps: whether a plan, described in words, is measured to be accurate enough.
-        over: whether the time is.
-        most: plans that are measured.
-    """
-    coarse, fine = rungs
-    single = tune.by_tensor(shop, coarse.plan, noise)
-    integer = (Form.STATIC, Form.DYNAMIC, Form.FREE)
-    kept = {e.node: e.form for e in fine.plan.nodes if e.form in integer}
-    more = [e for e in coarse.plan.nodes if e.form in integer and e.node not in kept]
-    forms = {entry.node: entry.form for entry in more}
+    def _around(self, aim: float) -> Plan | None:
+        """The plan of least predicted noise with one node on the other side than in the one nearest to the limits.
 
-    def worth(name: str) -> float:
-        item = shop.found.get(name)
-        if not isinstance(item, Candidate):
-            return 0.0
-        as_float, as_int = request.measured.get(name) or node_costs(item, shop.facts)
-        cost = single.get(name, 0.0) + single.get(item.result.name or "", 0.0)
-        return (as_float - as_int) / (cost + 1e-12)
+        Where errors cancel each other, what seems to be the quietest plan need not be.
+        """
+        assert self._referee.best is not None
+        nearest = self._referee.best.attempt.plan
+        wanted = self._estimate.request(self._request, aim * _FAR)
+        flips = [(entry.node, Form.FLOAT) for entry in nearest.of(Form.STATIC, Form.DYNAMIC)]
+        flips = flips[:_AROUND]
+        if self._cost == math.inf:  # the nearest may have few integer nodes, and none to spare
+            others = (entry.node for entry in nearest.of(Form.FLOAT))
+            flips += [(name, Form.STATIC) for name in others if self._heavy(name)][:_AROUND]
+        found = []
+        for name, form in flips:
+            forms = {**wanted.forms, name: form}
+            reasons = {name: "left float for accuracy or speed", **wanted.reasons}
+            plan = self._shop.plan(dataclasses.replace(wanted, forms=forms, reasons=reasons))
+            if not plan.quantizes or _forms(plan) in self._seen:
+                continue
+            if self._ns(plan) < (1 - _GAIN) * self._cost:
+                found.append(plan)
+        return min(found, key=self._estimate.of, default=None)
 
-    waiting = [sorted(forms, key=lambda name: -worth(name))]
-    for _ in range(most):
-        if not waiting or over():
+    def _heavy(self, name: str) -> bool:
+        """Whether a node is a Conv that a plan may have integer."""
+        item = self._shop.found.get(name)
+        return isinstance(item, Candidate) and item.role == "conv"
+
+    def _aim(self) -> float:
+        """The noise that the next plan may have."""
+        if self._high == self._known < math.inf:
+            return self._known
+        return math.sqrt(self._low * self._high) if self._low else self._high / 4
+
+    def _learn(self, plan: Plan, point: Point) -> None:
+        noise = _noise(point)
+        self._estimate.learn(plan, noise)
+        if _accurate(self._referee, point):
+            self._cost, self._vain = min(self._cost, self._ns(plan)), 0
+            self._low = max(self._low, min(noise, self._high))
+            self._calm = max(self._calm, self._share)
+            self._share = self._between()
             return
-        part = waiting.pop(0)
-        half = part[: (len(part) + 1) // 2] if len(part) > 1 else part
-        if not half:
-            continue
-        plan = _with(shop, request, fine.plan, {**kept, **{name: forms[name] for name in half}})
-        rest = part[len(half) :]
-        if keeps(plan, f"{len(half)} more nodes integer"):
-            kept |= {name: forms[name] for name in half}
-            waiting.insert(0, rest)
-        elif len(half) > 1:
-            waiting[:0] = [half, rest]
+        self._wild = min(self._wild, self._share)
+        if self._cost < math.inf:
+            self._vain += 1
+            self._share = self._between()
         else:
-            waiting.insert(0, rest)
-        waiting = [item for item in waiting if item]
+            self._failed += 1
+            self._share = _DISTRUST ** max(0, self._failed - _TRUST)
+        if noise <= self._known:  # another limit is broken, so that noise must be less
+            self._high = min(self._high, noise)
+
+    def _between(self) -> float:
+        """The share between the greatest that succeeded and the least that did not; 1 if there is no such."""
+        if self._calm >= 1.0 or self._wild < _NEAR * self._calm or math.isinf(self._wild):
+            return 1.0
+        return math.sqrt(self._calm * self._wild)
+
+    def _ns(self, plan: Plan) -> float:
+        shop = self._shop
+        return plan_cost(plan, shop.found, shop.target, shop.facts, self._request)
 
 
-def _with(shop: Workshop, request: Request, plan: Plan, forms: dict[str, Form]) -> Plan:
-    """The plan in which just these nodes are integer, of those that a search may choose."""
-    fixed = {
-        entry.node: forms.get(entry.node, Form.FLOAT)
-        for entry in plan.nodes
-        if isinstance(item := shop.found.get(entry.node), Candidate)
-        and item.role not in ("recurrent", "embedding")
-        and entry.form is not Form.ABSORBED
-    }
-    wanted = {name: Form.STATIC if form is Form.FREE else form for name, form in fixed.items()}
-    reasons = dict.fromkeys(wanted, "left float for accuracy or speed")
-    return shop.plan(
-        dataclasses.replace(
-            request, forms={**wanted, **request.forms}, reasons={**reasons, **request.reasons}
-        )
-    )
+def _noise(point: Point) -> float:
+    """The noise-to-signal ratio of a point."""
+    return 0.0 if point.sqnr_db is None else 10 ** (-point.sqnr_db / 10)
+
+
+def _decibels(noise: float) -> float:
+    return -10 * math.log10(max(noise, 1e-12))

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
+
+import numpy as np
 
 from passes.scale_channels import ScaleChannels
 from passes.smooth_linear import SmoothLinear
 from qcompile.accept import accept
+from qcompile.algo.equalization import Array
 from qcompile.errors import ModelError
 from qcompile.opened import Opened
 from qcompile.plan.candidates import Candidate
@@ -32,6 +35,7 @@ _TRIES = 12  # evaluations a kind
 _FEEDS = 16  # calibration feeds that products are smoothed on
 _ROUNDED = 64  # calibration feeds that codes of weights are searched on
 _ROUNDING_TRIES = 4  # each layer was judged by itself
+_WIDE = 8.0  # times the median scale: a channel worth a word
 _FREE_DB = 24.0  # above, a product is smoothed only where that costs no time
 
 
@@ -79,9 +83,29 @@ def _equalized(
     def step(names: Sequence[str]) -> Pass:
         return ScaleChannels(shop.facts, {name: scales[name] for name in names})
 
+    what = "channel scales folded into weights"
     return _keep(
-        step, list(scales), shop, request, best, opened, log, "channel scales folded into weights"
+        step,
+        list(scales),
+        shop,
+        request,
+        best,
+        opened,
+        log,
+        what,
+        lambda kept: _widest(scales, kept),
     )
+
+
+def _widest(scales: Mapping[str, Array], kept: Sequence[str]) -> str:
+    """A sentence on the channel that reaches furthest beyond the others of its tensor, if one does; else nothing."""
+    ratios = {name: scales[name] / np.median(scales[name]) for name in kept}
+    name = max(kept, key=lambda name: float(ratios[name].max()))
+    channel = int(ratios[name].argmax())
+    factor = float(ratios[name][channel])
+    if factor < _WIDE:
+        return ""
+    return f" Channel {channel} of {name} reached furthest beyond the others of its tensor: it was brought down {factor:.0f}-fold."
 
 
 def _smoothed(
@@ -139,9 +163,12 @@ def _rounded(shop: Workshop, best: Attempt, log: Log) -> Attempt:
 
 def _keep(
     step: Callable[[Sequence[str]], Pass], names: Sequence[str], shop: Workshop, request: Request,
-    best: Attempt, opened: Opened, log: Log, what: str,
+    best: Attempt, opened: Opened, log: Log, what: str, detail: Callable[[Sequence[str]], str] = lambda _: "",
 ) -> tuple[Workshop, Attempt]:  # fmt: skip
-    """What helps of the changes that `step` makes for names; what it rescales is observed once, for all of them."""
+    """What helps of the changes that `step` makes for names; what it rescales is observed once, for all of them.
+
+    `detail` is a further sentence on what was kept.
+    """
     shops: dict[int, Workshop] = {}
 
     def judge(chosen: Sequence[str]) -> Attempt:
@@ -165,6 +192,7 @@ def _keep(
         return shop, best
     log.notes.append(
         f"{len(found.kept)} of {len(names)} {what}: {best.db:.1f} -> {found.best.db:.1f} dB."
+        + detail(found.kept)
     )
     return shops[id(found.best)], found.best
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from qcompile.verify.latency import Timing, race, typical_feeds
 from qcompile.verify.metric import Metric
 from qcompile.workshop import Attempt, Workshop
 
+logger = logging.getLogger(__name__)
 _SECONDS = 0.8  # that a point is timed
 
 
@@ -28,9 +30,23 @@ class Standing(NamedTuple):
 class Referee:
     """Measures, and remembers every point and the best attempt; the time for the search begins with it."""
 
-    def __init__(self, opened: Opened, metric: Metric | None) -> None:
+    def __init__(
+        self, opened: Opened, metric: Metric | None = None, *, seconds: float | None = None,
+        samples: int | None = None, limits: Budget | None = None,
+    ) -> None:  # fmt: skip
+        """Limits are those of the recipe, or others.
+
+        Args:
+            opened: the float model, and the samples.
+            metric: scores results in place of the decisions that differ.
+            seconds: for the search, in place of the recipe's.
+            samples: held-out ones that judge; None for all.
+            limits: in place of the recipe's.
+        """
         self._opened, self.metric = opened, metric
-        self._end = time.perf_counter() + opened.recipe.search_time
+        self._samples, self._limits = samples, limits
+        limit = opened.recipe.search_time if seconds is None else seconds
+        self._end = time.perf_counter() + limit
         self._budget: Budget | None = None
         self.points: list[Point] = []
         self.best: Standing | None = None
@@ -46,27 +62,17 @@ class Referee:
         assert self._budget is not None
         return self._budget
 
-    def measure(
-        self, shop: Workshop, attempt: Attempt, what: str, limit: int | None = None
-    ) -> Point:
-        """The attempt judged on all held-out samples (or `limit`), scored and timed; it may become the best one."""
-        comparison = shop.judge(attempt, limit)
+    def measure(self, shop: Workshop, attempt: Attempt, what: str) -> Point:
+        """The attempt judged on held-out samples, scored and timed; it may become the best one."""
+        comparison = shop.judge(attempt, self._samples)
         timings = [self._race(attempt, feed) for feed in self._feeds()]
         worst = min(timings, key=lambda t: t.speedup["result"])
         attempt.speedup = worst.speedup["result"]
         score = None if self.metric is None else self.metric.of(attempt.session)
         reference = None if self.metric is None else self.metric.reference
         if self._budget is None:
-            opened = self._opened
-            size = (
-                io.weight_bytes(opened.original)
-                if opened.path is None
-                else io.file_bytes(opened.path)
-            )
             known = None if reference is None else reference.value
-            self._budget = budget_of(
-                opened.recipe, metric=known, ms=worst.ms["fp32"], mb=size / 1e6
-            )
+            self._budget = self._made(worst.ms["fp32"], known)
         drop, sigma = comparison.drop, None
         if score is not None and reference is not None and self.metric is not None:
             drop = reference.drop(score, lower_is_better=self.metric.lower_is_better)
@@ -80,9 +86,19 @@ class Referee:
         )  # fmt: skip
         point = Point(**{**vars(point), "misses": self.budget.misses(point)})
         self.points.append(point)
+        db_told = "inf" if point.sqnr_db is None else f"{point.sqnr_db:.1f}"
+        logger.info("%s: %s dB, drop %.2g, %.2fx", what, db_told, point.drop, point.speedup)
         if self.best is None or self.budget.best([self.best.point, point]):
             self.best = Standing(attempt, point)
         return point
+
+    def _made(self, ms: float, metric: float | None) -> Budget:
+        opened = self._opened
+        if self._limits is not None:
+            return self._limits
+        path = opened.path
+        size = io.weight_bytes(opened.original) if path is None else io.file_bytes(path)
+        return budget_of(opened.recipe, metric=metric, ms=ms, mb=size / 1e6)
 
     def _race(self, attempt: Attempt, feed: Feed) -> Timing:
         sessions = {"fp32": self._opened.session, "result": attempt.session}

@@ -28,8 +28,7 @@ _WORTH_IT = 1.2  # speed-up that leaving nodes float for accuracy must not go be
 _STILL = 0.96  # share of a speed-up below that which accuracy may still cost
 _LEAST = 1.03
 _WORTH_DB = 1.0  # short of the goal, nodes are left float only for this much
-_TRIES = 6  # plans of less noise
-_REFILLS = 10  # plans between two of them
+_SECONDS = 15.0  # that plans of less noise may be searched for
 _DIFFER = 0.01  # of the decisions on held-out samples, may differ from the float model's
 _FEW = 1  # of them: so few tell nothing
 _FAST = 1.4  # below, measured costs may find a better plan
@@ -78,10 +77,12 @@ def find_best(
         referee = Referee(opened, metric)
         frontier.within(shop, request, best, None if found is None else found.noise, referee)
         assert referee.best is not None
+        history.blame = frontier.blame(None if found is None else found.noise)
+        if referee.best.attempt is not best and history.blame:
+            history.notes.append(f"The fastest plan was not taken. {history.blame}")
         best = _choose_format(shop, referee.best.attempt, opened, history)
         history.points, history.budget = referee.points, referee.budget
         referee.measure(shop, best, "the result")
-        history.blame = frontier.blame(None if found is None else found.noise)
     else:
         if found is not None and goal and not met(best, goal):
             best = _more_accurate(shop, request, best, found, goal, opened, history)
@@ -183,50 +184,25 @@ def _more_accurate(
 ) -> Attempt:  # fmt: skip
     """Leaves the most harmful nodes float until the goal is met, as long as the result stays fast.
 
-    Plans of rising price of noise are halved in turn, then single nodes are made integer again between the last two;
-    of those that reach the goal the fastest is taken, and if none does, the most accurate one that is worth it.
+    The goal is a limit as any other, and the search the same; what breaks it is taken all the same if it is worth it.
     """
-    start = best
-    enough = min(_WORTH_IT, max(_STILL * start.speedup, _LEAST))
-    rungs = frontier.ladder(shop, request, found.noise, start.plan)
-    low, high, above = 0, len(rungs), False
-    tried: list[Attempt] = []
-
-    def good(plan: Plan, _: str = "") -> bool:
-        attempt = shop.attempt(plan, start.ranging, start.form)
-        shop.judge(attempt, _QUICK)
-        attempt.speedup = _speed(attempt, opened)
-        tried.append(attempt)
-        step(1, None)
-        logger.info("a plan of %.1f dB, %.2fx", attempt.db, attempt.speedup)
-        return met(attempt, goal)
-
-    with shop.progress.stage("trading speed for accuracy", _TRIES + _REFILLS) as step:
-        while low + 1 < high and len(tried) < _TRIES:
-            middle = (low + high) // 2
-            reached = good(rungs[middle].plan)
-            if reached or tried[-1].speedup < enough:
-                high = middle
-                above = reached
-            else:
-                low = middle
-        if high < len(rungs) and above:
-            frontier.refill(
-                shop, request, found.noise, (rungs[low], rungs[high]), good, most=_REFILLS
-            )
-    fast = [a for a in tried if a.speedup >= enough and a.noise < start.noise]
-    enough_db = [a for a in fast if met(a, goal)]
-    if enough_db:
-        best = max(enough_db, key=lambda a: a.speedup)
-    elif fast and min(fast, key=lambda a: a.noise).db >= start.db + _WORTH_DB:
-        best = min(fast, key=lambda a: a.noise)
-    if best is not start:
-        more = len(best.plan.of(Form.FLOAT)) - len(start.plan.of(Form.FLOAT))
-        history.notes.append(
-            f"{more} nodes more left float for accuracy: {start.db:.1f} -> {best.db:.1f} dB, "
-            f"{start.speedup:.2f}x -> {best.speedup:.2f}x (--sqnr-goal 0 turns this off)."
-        )
-    return best
+    assert best.comparison is not None
+    enough = min(_WORTH_IT, max(_STILL * best.speedup, _LEAST))
+    differ = max(_DIFFER, _FEW / max(best.comparison.decisions, 1))
+    limits = Budget(max_drop=differ, min_sqnr=goal, min_speedup=enough)
+    referee = Referee(opened, seconds=_SECONDS, samples=_QUICK, limits=limits)
+    frontier.within(shop, request, best, found.noise, referee)
+    assert referee.best is not None
+    new = referee.best.attempt
+    worth = met(new, goal) or new.db >= best.db + _WORTH_DB
+    if new is best or new.speedup < enough or not worth:
+        return best
+    more = len(new.plan.of(Form.FLOAT)) - len(best.plan.of(Form.FLOAT))
+    history.notes.append(
+        f"{more} nodes more left float for accuracy: {best.db:.1f} -> {new.db:.1f} dB, "
+        f"{best.speedup:.2f}x -> {new.speedup:.2f}x (--sqnr-goal 0 turns this off)."
+    )
+    return new
 
 
 def met(attempt: Attempt, goal: float) -> bool:

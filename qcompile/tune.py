@@ -12,7 +12,7 @@ from qcompile.calib.ranges import METHODS
 from qcompile.calib.taps import with_outputs
 from qcompile.errors import ModelError
 from qcompile.graph.edit import is_op
-from qcompile.plan.plan import Form, Plan
+from qcompile.plan.plan import Plan
 from qcompile.quant.scheme import QParams, Scheme
 from qcompile.verify.local import LocalErrors, best_methods
 from qcompile.verify.sensitivity import Meter, Noise, improve_ranges, measure, switched
@@ -121,18 +121,3 @@ def by_tensor(shop: Workshop, plan: Plan, noise: Noise) -> dict[str, float]:
                 noise.sites.get(coded.root.name or "", 0.0) * min(finer, 1.0) ** 2
             )
     return found
-
-
-def noise_of(shop: Workshop, plan: Plan, noise: Noise, single: dict[str, float]) -> float:
-    """Predicted noise of a plan: its coded roots, its dynamic nodes, and the weights' share of it."""
-    touched = {value.name or "" for value in shop.coding(plan).roots}
-    touched |= {entry.node for entry in plan.of(Form.DYNAMIC)}
-    share = len([e for e in plan.nodes if e.weight]) / max(
-        1,
-        sum(
-            1
-            for n in shop.found.values()
-            if not isinstance(n, str) and n.role in ("conv", "dynamic")
-        ),
-    )
-    return sum(single.get(name, 0.0) for name in touched) + noise.weights * min(1.0, share)

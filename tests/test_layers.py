@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     "errors", "version", "progress", "table", "limits", "quant", "graph", "step", "targets", "run", "plan",
     "calib", "recipe", "algo", "solve", "passes", "prepare", "build", "pieces", "timing", "verify", "report", "inputs",
-    "keep", "opened", "workshop", "accept", "faster", "tune", "improve", "budget", "referee", "frontier", "search", "figure", "finish", "compiler", "calibrate", "harm", "gains", "layers", "commands", "survey",
+    "keep", "opened", "workshop", "accept", "faster", "tune", "predict", "improve", "budget", "referee", "frontier", "search", "figure", "finish", "compiler", "calibrate", "harm", "gains", "layers", "commands", "survey",
     "show", "words", "options", "cli", "__main__", "qcompile",
 )  # fmt: skip
 # What only annotations need may stand above, for these alone: (importer, imported).
@@ -24,7 +24,7 @@ DOORS = {
     "onnxruntime": ("qcompile/run/",),
     "onnx": ("qcompile/graph/io.py", "qcompile/graph/text.py"),
     "google": ("qcompile/graph/io.py",),
-    "scipy": ("qcompile/plan/make.py",),
+    "scipy": ("qcompile/plan/network.py",),
     "PIL": ("qcompile/calib/images.py",),
     "tokenizers": ("qcompile/calib/tokens.py",),
     "rich": ("qcompile/progress.py", "qcompile/show.py"),

@@ -130,7 +130,7 @@ def test_bad_channels_that_are_mended_are_not_blamed(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     mended = table(tmp_path / "other", net_with(change), cnn_samples(), equalize=True)
     assert mended.all_db is not None and bare.all_db is not None
-    assert mended.all_db > bare.all_db + 10
+    assert mended.all_db > bare.all_db + 8  # both with searched rounding
     assert any("channel scales folded" in note for note in mended.notes)
 
 

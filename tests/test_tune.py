@@ -12,8 +12,10 @@ from networks import from_text
 from rewrites import parse
 from workbench import PAD, Bench, images, plant, small_cnn, weight, workbench
 
-from qcompile import frontier, tune
+from qcompile import tune
 from qcompile.errors import ModelError
+from qcompile.plan.plan import Form, Plan
+from qcompile.predict import Estimate
 from qcompile.verify.sensitivity import Noise
 from qcompile.workshop import Attempt, Ranging
 
@@ -133,8 +135,7 @@ def test_a_planted_bad_tensor_is_found_and_left_float() -> None:
     assert found is not None
     worst = sorted(found.noise.sites, key=lambda name: -found.noise.sites[name])[:2]
     assert set(worst) == {"a", "b"}
-    rungs = frontier.ladder(made.shop, made.request, found.noise, best.plan)
-    quiet = next(rung.plan for rung in rungs if rung.noise < 0.01)
+    quiet = within(made, found.noise, best.plan, 0.01)
     assert {made.forms(quiet)[name] for name in ("wide", "bad", "pick")} == {"float"}
     assert made.forms(quiet)["body"] == "static"
     better = made.shop.attempt(quiet, Ranging("minmax"), "fused")
@@ -142,19 +143,26 @@ def test_a_planted_bad_tensor_is_found_and_left_float() -> None:
     assert better.db > 20
 
 
+def within(made: Bench, noise: Noise, plan: Plan, most: float) -> Plan:
+    """The fastest plan that is predicted to have no more than this noise."""
+    estimate = Estimate(made.shop, plan, Ranging("minmax"), noise)
+    return made.shop.plan(estimate.request(made.request, most))
+
+
 def test_plans_of_falling_noise(bench: Bench) -> None:
-    """Each predicted to be quieter than the one before, all different, none of them empty."""
+    """Each predicted to be within its limit; fewer and fewer nodes are integer."""
     best = attempt(bench)
     found = tune.sensitivity(bench.shop, bench.draft, Ranging("minmax"))
     assert found is not None
-    rungs = frontier.ladder(bench.shop, bench.request, found.noise, best.plan)
-    assert rungs[0].plan is best.plan
-    forms = [tuple(e.form for e in rung.plan.nodes) for rung in rungs]
-    assert len(forms) > 1
-    assert len(set(forms)) == len(forms)
-    assert all(rung.plan.quantizes for rung in rungs)
-    noises = [rung.noise for rung in rungs]
-    assert noises == sorted(noises, reverse=True)
+    estimate = Estimate(bench.shop, best.plan, Ranging("minmax"), found.noise)
+    total = estimate.of(best.plan)
+    limits = [total * share for share in (1.001, 0.5, 0.1, 0.01)]
+    plans = [within(bench, found.noise, best.plan, most) for most in limits]
+    assert plans[0].nodes == best.plan.nodes
+    assert all(estimate.of(p) <= most for p, most in zip(plans, limits, strict=True))
+    static = [len(plan.of(Form.STATIC)) for plan in plans]
+    assert static == sorted(static, reverse=True)
+    assert static[-1] < static[0]
 
 
 def test_the_least_that_reaches_the_goal() -> None:
@@ -162,6 +170,5 @@ def test_the_least_that_reaches_the_goal() -> None:
     made = workbench(small_cnn(), images())
     noise = Noise(dict.fromkeys(["x", "r", "s", "m", "c", "y"], 1e-5), [], weights=0.0, total=1e-3)
     noise.sites["y"] = 1e-2
-    rungs = frontier.ladder(made.shop, made.request, noise, made.draft)
-    plan = rungs[1].plan
+    plan = within(made, noise, made.draft, 1e-3)
     assert [name for name, form in made.forms(plan).items() if form == "float"] == ["add"]

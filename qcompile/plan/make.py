@@ -3,29 +3,27 @@
 Every node that can be static costs so much as an integer kernel and so much as a float one; every
 tensor between the two costs a QuantizeLinear or a DequantizeLinear, once however many read it. The
 assignment of least total cost is a minimum cut of a graph with one vertex a node and one a tensor
-(Greig, Porteous and Seheult 1989), found exactly by SciPy's maximum flow. An integer island that does
+(Greig, Porteous and Seheult 1989), found exactly by `qcompile.plan.network`. An integer island that does
 not pay for its borders thus stays float without a rule that says so.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 
 import numpy as np
 import onnx_ir as ir
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 from qcompile.graph.edit import attribute, graphs
 from qcompile.plan.candidates import Candidate, Facts, candidate
+from qcompile.plan.network import Network
 from qcompile.plan.plan import Form, NodePlan, Plan
 from qcompile.targets.schema import Target
 
 _STATIC = ("conv", "binary", "unary", "pool", "concat", "same", "free")
-_UNIT = 10.0  # nanoseconds: capacities are int32
-_INFINITE = 1 << 29
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +38,9 @@ class Request:
         reasons: why `forms` has a node float, where that was no person's plan.
         dynamic: dynamic forms are allowed.
         noise: noise-to-signal ratio that the outputs get from rounding a tensor, or from a dynamic node.
+        weights: the same from rounding the weight of a node, by its name.
         price: nanoseconds that one unit of noise costs; the plan then trades speed for accuracy.
+        most_noise: what the noise of a plan may sum up to; the plan is then the cheapest one within it.
         measured: (float, integer) nanoseconds of nodes, in place of the target's costs.
         border: factor on the target's costs of borders.
         gain: factor on the target's costs of float nodes.
@@ -54,7 +54,9 @@ class Request:
     reasons: Mapping[str, str] = dataclasses.field(default_factory=dict)
     dynamic: bool = True
     noise: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
     price: float = 0.0
+    most_noise: float = math.inf
     measured: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     border: float = 1.0
     gain: float = 1.0
@@ -100,10 +102,11 @@ def make_plan(
     absorbed = {n.name or "": c for c in (*static.values(), *linear.values()) for n in c.absorbed}
     for name in absorbed:
         static.pop(name, None)
-    chosen = (
-        _cut(static, target, facts, request) if request.calibrated and request.static else set()
-    )
-    chosen |= linear.keys()
+    coded = static if request.calibrated and request.static else {}
+    if math.isfinite(request.most_noise):
+        chosen = _cut(coded, linear, target, facts, request)
+    else:
+        chosen = _cut(coded, {}, target, facts, request) | linear.keys()
     ops = {node.name or "": node.op_type for graph in graphs(model) for node in graph}
     entries = []
     for name, item in found.items():
@@ -115,7 +118,8 @@ def _worth_its_noise(name: str, item: Candidate, facts: Facts, request: Request)
     if not request.price or name not in request.noise:
         return True
     as_float, as_int = request.measured.get(name) or node_costs(item, facts)
-    return request.price * request.noise[name] < as_float - as_int
+    noise = request.noise[name] + request.weights.get(name, 0.0)
+    return request.price * noise < as_float - as_int
 
 
 def _allowed(name: str, item: Candidate, request: Request) -> bool:
@@ -169,7 +173,7 @@ def _entry(
     if name in static:
         why = (
             "left float for accuracy or speed"
-            if request.price or request.measured
+            if request.price or request.measured or math.isfinite(request.most_noise)
             else "an integer kernel would not pay for its borders"
         )
         return NodePlan(name, op, Form.FLOAT, why=why)
@@ -180,62 +184,54 @@ def _entry(
     return NodePlan(name, op, Form.FLOAT, why="an integer kernel would not pay for its borders")
 
 
-class _Network:
-    """A flow network under construction; vertex 0 is the integer side, 1 the float side."""
-
-    def __init__(self) -> None:
-        self.size = 2
-        self._edges: dict[tuple[int, int], int] = {}
-
-    def vertex(self) -> int:
-        self.size += 1
-        return self.size - 1
-
-    def edge(self, start: int, end: int, ns: float | None) -> None:
-        """`ns` None: never cut."""
-        units = _INFINITE if ns is None else min(_INFINITE, max(0, round(ns / _UNIT)))
-        if units and start != end:
-            key = (start, end)
-            self._edges[key] = min(_INFINITE, self._edges.get(key, 0) + units)
-
-    def integer_side(self) -> set[int]:
-        """The vertices on the integer side of a minimum cut."""
-        if not self._edges:
-            return {0}
-        rows, columns = (np.array(axis, np.int32) for axis in zip(*self._edges, strict=True))
-        capacity = csr_array(
-            (np.array(list(self._edges.values()), np.int32), (rows, columns)),
-            shape=(self.size, self.size),
-        )
-        flow = maximum_flow(capacity, 0, 1).flow
-        residual = csr_array(capacity - flow)
-        residual.eliminate_zeros()
-        return set(map(int, breadth_first_order(residual, 0, return_predecessors=False)))
-
-
 def _cut(
-    static: Mapping[str, Candidate], target: Target, facts: Facts, request: Request
-) -> set[str]:
-    """The names of the nodes that become integer."""
-    network = _Network()
-    vertex = {name: network.vertex() for name in static}
+    static: Mapping[str, Candidate], linear: Mapping[str, Candidate], target: Target, facts: Facts, request: Request,
+) -> set[str]:  # fmt: skip
+    """The names of the nodes that become integer; those of `linear` have no borders."""
+    network = Network()
+    vertex = {name: network.vertex() for name in (*static, *linear)}
     producer = {item.result: name for name, item in static.items()}
     for name, item in static.items():
         for value in item.node.outputs[1:]:
             producer[value] = name
-    readers: dict[ir.Value, list[str]] = {}
-    for name, item in static.items():
-        as_float, as_int = request.measured.get(name) or node_costs(item, facts)
-        as_float *= 1.0 if name in request.measured else request.gain
-        if request.forms.get(name) in (Form.STATIC, Form.FREE):
-            network.edge(0, vertex[name], None)
-        network.edge(0, vertex[name], as_float)
-        rounds = item.role not in ("same", "free")  # those only hand on what is rounded already
-        network.edge(vertex[name], 1, as_int + _noise_cost(item.result, request) * rounds)
-        for value in dict.fromkeys(item.data):
-            readers.setdefault(value, []).append(name)
+    for name, item in (*static.items(), *linear.items()):
+        rounded = name if name in linear else item.result.name or ""
+        # some only hand on what is rounded already
+        noise = 0.0 if item.role in ("same", "free") else request.noise.get(rounded, 0.0)
+        noise += request.weights.get(name, 0.0)
+        _node(network, vertex[name], name, item, noise, facts, request)
         if item.node.op_type == "MaxPool":
             _after_channels_last(network, vertex, name, item, static, producer)
+    _borders(network, vertex, static, producer, target, facts, request)
+    side = None
+    if math.isfinite(request.most_noise):
+        side = network.integer_side_within(request.most_noise)
+    if side is None:
+        side = network.integer_side(request.price)
+    return {name for name, number in vertex.items() if number in side}
+
+
+def _node(
+    network: Network, vertex: int, name: str, item: Candidate, noise: float, facts: Facts, request: Request
+) -> None:  # fmt: skip
+    """What a node costs on either side."""
+    as_float, as_int = request.measured.get(name) or node_costs(item, facts)
+    as_float *= 1.0 if name in request.measured else request.gain
+    if request.forms.get(name) in (Form.STATIC, Form.FREE, Form.DYNAMIC):
+        network.edge(0, vertex, None)
+    network.edge(0, vertex, as_float)
+    network.edge(vertex, 1, as_int, noise)
+
+
+def _borders(
+    network: Network, vertex: Mapping[str, int], static: Mapping[str, Candidate], producer: Mapping[ir.Value, str],
+    target: Target, facts: Facts, request: Request,
+) -> None:  # fmt: skip
+    """What a QuantizeLinear or DequantizeLinear costs wherever a tensor is read on the other side, once each."""
+    readers: dict[ir.Value, list[str]] = {}
+    for name, item in static.items():
+        for value in dict.fromkeys(item.data):
+            readers.setdefault(value, []).append(name)
     for value in dict.fromkeys([*readers, *producer]):
         codes = readers.get(value, [])
         code_nodes = {id(static[name].node) for name in codes}
@@ -244,25 +240,23 @@ def _cut(
         )
         to_codes, to_float = (request.border * ns for ns in border_costs(value, target, facts))
         made_by = vertex[producer[value]] if value in producer else 1
-        if codes:
-            gate = network.vertex()
-            network.edge(gate, made_by, to_codes + _noise_cost(value, request))
+        if codes:  # noise is paid where codes are made, however many read them
+            gate = network.gate()
+            network.edge(gate, made_by, to_codes, request.noise.get(value.name or "", 0.0))
             for name in codes:
                 network.edge(vertex[name], gate, None)
         if value in producer:
             if floats:
                 network.edge(made_by, 1, to_float)
             elif codes:
-                gate = network.vertex()
+                gate = network.gate()
                 network.edge(made_by, gate, to_float)
                 for name in codes:
                     network.edge(gate, vertex[name], None)
-    side = network.integer_side()
-    return {name for name, number in vertex.items() if number in side}
 
 
 def _after_channels_last(
-    network: _Network, vertex: Mapping[str, int], name: str, item: Candidate,
+    network: Network, vertex: Mapping[str, int], name: str, item: Candidate,
     static: Mapping[str, Candidate], producer: Mapping[ir.Value, str],
 ) -> None:  # fmt: skip
     """8-bit MaxPool pays only as NhwcMaxPool: behind an integer operator that ORT runs channels-last.
@@ -275,11 +269,6 @@ def _after_channels_last(
         network.edge(vertex[name], 1, None)
     else:
         network.edge(vertex[name], vertex[maker], None)
-
-
-def _noise_cost(value: ir.Value, request: Request) -> float:
-    """Nanoseconds that rounding a tensor may cost: paid where its codes are made, however many read them."""
-    return request.price * request.noise.get(value.name or "", 0.0)
 
 
 def node_costs(item: Candidate, facts: Facts) -> tuple[float, float]:

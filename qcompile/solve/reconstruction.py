@@ -156,7 +156,9 @@ def _layers(
         item, old = found[entry.node], weights.get(entry.node)
         if not isinstance(item, Candidate) or old is None or item.node.graph is not prepared.graph:
             continue
-        shape, x = window(item.node), item.node.inputs[0]
+        shape, x, stored = window(item.node), item.node.inputs[0], item.node.inputs[1]
+        if stored is not None and len(stored.uses()) > 1:
+            continue  # its other readers would need codes of their own
         if isinstance(shape, str) or x is None or x.name is None:
             continue
         empty = _Layer(entry.node, item.node, shape, x.name, np.zeros(0), old, None)

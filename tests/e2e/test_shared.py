@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from shared import calibration, model_path, needed
 
 from qcompile import Recipe, Result, compile_model
 from qcompile.report import GOOD, NOT_FASTER
 
-SHARED = Path(__file__).parents[3] / "shared"
 pytestmark = [
-    pytest.mark.skipif(
-        not (SHARED / "models").is_dir(), reason=f"{SHARED} with its models is not here"
-    ),
+    needed,
     pytest.mark.slow,
     pytest.mark.usefixtures("clock"),
 ]
@@ -50,27 +46,12 @@ MODELS = {
 }
 
 
-def feeds(task: str, count: int) -> list[dict[str, Any]]:
-    sys.path.insert(0, str(SHARED / "eval"))
-    try:
-        from evaluate import TASKS
-    except ImportError as error:
-        pytest.skip(f"the evaluation kit cannot be imported: {error}")
-    finally:
-        sys.path.remove(str(SHARED / "eval"))
-    source = TASKS[task].calibration()
-    return [dict(feed) for _, feed in zip(range(count), source, strict=False)]
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_a_real_model(name: str, tmp_path: Path) -> None:
     model = MODELS[name]
-    path = SHARED / "models" / model.path
-    if not path.exists():
-        pytest.skip(f"{path} is not here")
-    result: Result = compile_model(
-        path, feeds(model.task, model.samples), output=tmp_path / "o.onnx", recipe=RECIPE
-    )
+    path = model_path(model.path)
+    feeds = calibration(model.task, model.samples)
+    result: Result = compile_model(path, feeds, output=tmp_path / "o.onnx", recipe=RECIPE)
     assert result.exit_code in (GOOD, NOT_FASTER if not model.forms else GOOD)
     assert result.worst_db is None or result.worst_db >= model.least
     assert model.forms <= {row["form"] for row in result.plan}

@@ -11,9 +11,12 @@ import numpy as np
 import onnx_ir as ir
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from networks import from_text
 from rewrites import parse
 
+from qcompile.graph import io
 from qcompile.plan.candidates import Candidate
+from qcompile.plan.cost import plan_cost
 from qcompile.plan.make import Request, border_costs, find_candidates, make_plan, node_costs
 from qcompile.plan.plan import Form, Plan
 from qcompile.run.probe import Fact
@@ -204,6 +207,41 @@ def test_no_assignment_costs_less(made: Graph, data: st.DataObject) -> None:
     assert_least(made, data.draw(requests(made)), EXACT)
 
 
+@settings(max_examples=60)
+@given(made=random_graphs(), data=st.data())
+def test_the_cost_of_a_plan_is_that_of_its_assignment(made: Graph, data: st.DataObject) -> None:
+    request = data.draw(requests(made))
+    plan = make_plan(made.model, EXACT, made.facts, request, made.found)
+    bare = dataclasses.replace(request, price=0.0)
+    cost = plan_cost(plan, made.found, EXACT, made.facts, request)
+    assert round(cost - total(made, planned(plan), bare, EXACT), 6) == 0
+
+
+@settings(max_examples=60)
+@given(made=random_graphs(most=7), data=st.data(), most=st.integers(0, 120))
+def test_no_assignment_within_the_noise_costs_less(
+    made: Graph, data: st.DataObject, most: int
+) -> None:
+    """Noise is a whole number here, and the limit lies between two."""
+    drawn = data.draw(requests(made))
+    request = dataclasses.replace(drawn, price=0.0, most_noise=most + 0.5, forms={})
+    plan = make_plan(made.model, EXACT, made.facts, request, made.found)
+    ours = planned(plan)
+    assert allowed(made, ours, request)
+    priced = dataclasses.replace(request, price=1.0)
+
+    def figures(names: set[str]) -> tuple[float, float]:
+        ns = total(made, names, request, EXACT)
+        return ns, total(made, names, priced, EXACT) - ns
+
+    every = [
+        figures(names) for names in subsets(sorted(made.static)) if allowed(made, names, request)
+    ]
+    ns, noise = figures(ours)
+    assert noise < request.most_noise
+    assert ns <= min(n for n, z in every if z < request.most_noise) * 1.002 + 1e-3
+
+
 @settings(max_examples=25)
 @given(made=random_graphs(most=8, side=56), gain=st.sampled_from([0.5, 1.0, 2.0]))
 def test_no_assignment_costs_less_on_a_shipped_target(made: Graph, gain: float) -> None:
@@ -354,6 +392,41 @@ def test_noise_of_what_saturation_absorbs() -> None:
     gain = {"m": (9000, 0)}
     assert forms(made, Request(measured=gain, price=1.0, noise={"a": 1e9})) == "sa"
     assert forms(made, Request(measured=gain, price=1.0, noise={"y": 1e9})) == "--"
+
+
+def test_noise_of_rounded_weights() -> None:
+    """That of a node, beside that of its tensor; it counts whether it has a price or a limit."""
+    made = row("[m] a = Conv(x, w) [r] y = Relu(a)")
+    request = Request(measured={"m": (9000, 0)}, noise={"y": 1.0}, weights={"m": 2.0})
+    assert forms(made, dataclasses.replace(request, price=1e4)) == "--"
+    assert forms(made, dataclasses.replace(request, price=1e3)) == "sa"
+    assert forms(made, dataclasses.replace(request, most_noise=2.9)) == "--"
+    assert forms(made, dataclasses.replace(request, most_noise=3.1)) == "sa"
+    assert (
+        forms(made, dataclasses.replace(request, most_noise=2.9, forms={"m": Form.STATIC})) == "sa"
+    )
+
+
+def test_products_share_the_limit_of_noise() -> None:
+    """They have no borders; those that save most for their noise are taken."""
+    shape = (32, 64)
+    text = (
+        "g (float[32,64] x) => (float[32,64] y) "
+        "{ [m] a = MatMul(x, w) [s] b = Softmax(a) [n] y = MatMul(b, v) }"
+    )
+    weights = {name: np.ones((64, 64), np.float32) for name in "wv"}
+    model = io.load(from_text(text, opset=13, **weights))
+    facts = {name: Fact(np.dtype(np.float32), shape) for name in "xaby"}
+    made = Graph(text, model, facts, find_candidates(model, EXACT, facts))
+    request = Request(
+        measured={"m": (9000, 1000), "n": (5000, 1000)},
+        noise={"m": 3.0, "n": 2.0},
+        weights={"n": 1.0},
+    )
+    for most, expected in ((2.9, "---"), (3.1, "d--"), (5.9, "d--"), (6.1, "d-d")):
+        assert forms(made, dataclasses.replace(request, most_noise=most)) == expected
+    assert forms(made, request) == "d-d"
+    assert forms(made, dataclasses.replace(request, most_noise=9.0, dynamic=False)) == "---"
 
 
 def test_noise_is_paid_where_codes_are_made() -> None:

@@ -126,7 +126,9 @@ def _off(
     W: Array, scale: Array, power: Array | None, bits: int, block: int | None, symmetric: bool
 ) -> Array:
     """W - Q(W diag(s)) diag(1/s), float64 (N, K)."""
-    scale = scale / scale.max(initial=np.float32(1e-30))  # codes do not change, and huge weights stay finite
+    scale = scale / scale.max(
+        initial=np.float32(1e-30)
+    )  # codes do not change, and huge weights stay finite
     scaled = W * scale
     if power is None:
         made = rtn(scaled, bits=bits, block=block, symmetric=symmetric)

@@ -86,7 +86,7 @@ def block_errors(W: Array, b: Blocked, power: Array | None = None) -> Array:
         off = off * power
     errors = np.empty(b.scale.shape)
     for g in range(errors.shape[1]):
-        part = np.s_[:, g * size : (g + 1) * size]
-        largest = np.abs(W[part].astype(np.float64)).max(axis=1)
-        errors[:, g] = off[part].sum(axis=1) / np.where(largest > 0, largest, 1) ** 2
+        part = slice(g * size, (g + 1) * size)
+        largest = np.abs(W[:, part].astype(np.float64)).max(axis=1)
+        errors[:, g] = off[:, part].sum(axis=1) / np.where(largest > 0, largest, 1) ** 2
     return errors

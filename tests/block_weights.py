@@ -85,7 +85,7 @@ def block_errors(W: Array, b: Blocked, power: Array | None = None) -> Array:
     if power is not None:
         off = off * power
     errors = np.empty(b.scale.shape)
-    for g in range(errors.shape[1]):
+    for g in range(len(b.scale.T)):
         part = slice(g * size, (g + 1) * size)
         largest = np.abs(W[:, part].astype(np.float64)).max(axis=1)
         errors[:, g] = off[:, part].sum(axis=1) / np.where(largest > 0, largest, 1) ** 2

@@ -73,7 +73,7 @@ def test_scales_are_numbers_of_their_type(scale: float, power: int, kind: Any, b
     unit = np.float32(2.0**power)
     if abs(scale * float(unit)) > 2.0**120:
         scale, unit = 1.0, np.float32(1)
-    made = storable(np.array([scale], np.float32), unit, bits, kind)
+    made = storable(np.array([scale], np.float32), np.array(unit), bits, kind)
     with np.errstate(over="raise"):
         stored = (made * unit)[0]
     assert np.isfinite(stored)

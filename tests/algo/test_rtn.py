@@ -13,7 +13,7 @@ from qcompile.algo.blocks import Blocked, check_weights
 from qcompile.algo.rtn import FACTORS, rtn, search
 from qcompile.errors import DataError, ModelError
 
-SCHEME = {"bits": 4, "block": 8, "symmetric": True}
+SCHEME: dict[str, Any] = {"bits": 4, "block": 8, "symmetric": True}
 
 
 def slow_rtn(W: np.ndarray, bits: int, block: int, symmetric: bool) -> tuple[np.ndarray, ...]:

@@ -1,7 +1,8 @@
 """A block of weights in each column: the form that the algorithms for blocks work on.
 
 So numpy's inner loops run over many blocks, which differ in scale, and not over the few weights of one. In each column
-values are divided by a power of two, which is exact, so that their squares fit a float32 whatever the weights.
+values are divided by a power of two, which is exact down to 2**-126 of the largest, so that their squares fit a float32
+whatever the weights.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from qcompile.algo.gptq import DAMP, moment
 Array = npt.NDArray[Any]
 
 _PIECE = 64  # inputs whose moves are carried to all others at once
+_LEAST = 2.0**-100  # of the row's greatest weight: scales below it do not move
 _ROWS = 1 << 24  # weights at once: 64 MiB of float32
 
 
@@ -80,7 +81,10 @@ class _Sweeper:
         self._start, self._gram, self._scales = start, gram, scales
         self._size = width(W.shape[1], start.block)
         self._unit = powers(np.abs(W).max(axis=1, initial=0))
-        self._scale = np.ascontiguousarray((start.scale / self._unit[:, None]).T)
+        self._stored = (
+            start.scale.T.copy()
+        )  # a copy even of one block a row, whose transpose is contiguous
+        self._scale = self._stored / self._unit
         self._zero = np.ascontiguousarray(start.zero.T).astype(np.float32)
         group = np.arange(W.shape[1]) // self._size
         self._codes = start.codes.T.astype(np.float32) - self._zero[group]  # less the zero point
@@ -104,17 +108,19 @@ class _Sweeper:
         """What there is now."""
         group = np.arange(len(self._codes)) // self._size
         codes = (self._codes + self._zero[group]).T.astype(np.uint8)
-        scale = np.ascontiguousarray((self._scale * self._unit).T, np.float32)
+        scale = np.ascontiguousarray(self._stored.T)
         return Blocked(codes, scale, self._start.zero, self._start.bits, self._start.block)
 
     def _move(self, group: int, first: int, last: int) -> bool:
         inside = self._gram[first:last, first:last]
         scale, low = self._scale[group], -self._zero[group]
+        # a block that is nothing beside the rest of its row has no scale left in the row's unit: it stays
+        divisor = np.where(np.abs(scale) > _LEAST, scale, np.float32(np.inf))
         high = low + np.float32((1 << self._start.bits) - 1)
         changes = np.zeros((last - first, self._codes.shape[1]), np.float32)
         for i, own in enumerate(self._codes[first:last]):
             here = self._pull[first + i] - inside[i, :i] @ changes[:i]
-            here /= scale * inside[i, i]
+            here /= divisor * inside[i, i]
             np.rint(here, out=here)
             here += own
             np.minimum(np.maximum(here, low, out=here), high, out=here)
@@ -137,10 +143,12 @@ class _Sweeper:
         stored = storable(scale + wish, self._unit, self._start.bits, self._scales)
         change = stored - scale
         # rounded to its type, a scale may have gone too far
-        change[change * (2 * product - change * square) <= 0] = 0
+        change[(change * (2 * product - change * square) <= 0) | (np.abs(scale) <= _LEAST)] = 0
         if not change.any():
             return False
-        self._scale[group] = np.where(change == 0, scale, stored)
+        moved = change != 0
+        self._scale[group] = np.where(moved, stored, scale)
+        self._stored[group] = np.where(moved, stored * self._unit, self._stored[group])
         self._off[first:last] -= codes * change
         self._pull -= carried * change
         return True

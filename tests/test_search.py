@@ -11,7 +11,7 @@ import pytest
 from networks import from_text
 from workbench import PAD, QUICK, Bench, images, plant, small_cnn, weight, workbench
 
-from qcompile import search
+from qcompile import referee, search
 from qcompile.errors import ModelError
 from qcompile.plan.plan import Form
 from qcompile.recipe import Recipe
@@ -26,7 +26,8 @@ class Race:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **speeds: float) -> None:
         self.speeds, self.feeds = speeds, []  # type: ignore[var-annotated]
-        monkeypatch.setattr(search, "race", self)
+        for module in (search, referee):
+            monkeypatch.setattr(module, "race", self)
 
     def __call__(self, sessions: Mapping[str, Any], feed: Any, *, seconds: float) -> Timing:
         self.feeds.append(feed)
@@ -156,7 +157,8 @@ def test_the_slowest_of_the_typical_feeds_counts(monkeypatch: pytest.MonkeyPatch
         found = dict.fromkeys(sessions, speed) | {"fp32": 1.0}
         return Timing(found, found, 3)
 
-    monkeypatch.setattr(search, "race", race)
+    for module in (search, referee):
+        monkeypatch.setattr(module, "race", race)
     bench = workbench(model, samples)
     assert {len(feed["x"]) for feed in search.timing_feeds(bench.opened)} == {1, 32}
     best, _ = best_of(bench)
@@ -193,7 +195,8 @@ def by_forms(monkeypatch: pytest.MonkeyPatch, bench: Bench, speed: Any) -> None:
         return Timing(found, found, 3)
 
     monkeypatch.setattr(bench.shop, "attempt", attempt)
-    monkeypatch.setattr(search, "race", race)
+    for module in (search, referee):
+        monkeypatch.setattr(module, "race", race)
 
 
 def test_a_slow_result_is_planned_again(monkeypatch: pytest.MonkeyPatch) -> None:

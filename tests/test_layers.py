@@ -22,8 +22,8 @@ UPWARD: set[tuple[str, str]] = set()
 # Packages with one door: only these files import them.
 DOORS = {
     "onnxruntime": ("qcompile/run/",),
-    "onnx": ("qcompile/graph/io.py", "qcompile/graph/text.py"),
-    "google": ("qcompile/graph/io.py",),
+    "onnx": ("qcompile/graph/io.py", "qcompile/graph/wire.py", "qcompile/graph/text.py"),
+    "google": ("qcompile/graph/io.py", "qcompile/graph/wire.py"),
     "scipy": ("qcompile/plan/network.py",),
     "PIL": ("qcompile/calib/images.py",),
     "tokenizers": ("qcompile/calib/tokens.py",),

@@ -89,9 +89,17 @@ class Stored:
 
         A view of the stored ones, mapped from a file, unless they have another type or are reshaped after a transpose.
         """
+        return self.cast(self.moved())
+
+    def moved(self) -> npt.NDArray[Any]:
+        """The numbers as they are stored, of `shape`: a view unless they are reshaped after a transpose."""
         values: npt.NDArray[Any] = self.tensor.numpy()
         for kind, numbers in self.moves:
             values = values.transpose(numbers) if kind == "transpose" else values.reshape(numbers)
+        return values
+
+    def cast(self, values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+        """Some of the stored numbers as the reader sees them, float32."""
         for cast in self.casts:
             values = values.astype(_FLOATS[cast], copy=False)
         return values.astype(np.float32, copy=False)

@@ -22,6 +22,7 @@ from google.protobuf.message import DecodeError
 from onnx import numpy_helper  # noqa: TID251
 
 from qcompile.errors import ModelError, OutputError
+from qcompile.graph import wire
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -30,12 +31,16 @@ logger = logging.getLogger(__name__)
 
 MAX_OPSET = 27  # onnxruntime 1.32 has no QuantizeLinear kernel at 28
 # protobuf stops at 2 GiB: weights of more than this go to a data file
-EXTERNAL_BYTES = 1_500_000_000
+EXTERNAL_BYTES = 1_900_000_000
 _UNREADABLE = (ValueError, TypeError, KeyError, RuntimeError, AttributeError, OSError)
 
 
-def load(source: str | Path | ir.Model | onnx.ModelProto) -> ir.Model:
+def load(source: str | Path | ir.Model | onnx.ModelProto, *, mapped: bool = False) -> ir.Model:
     """The model, its weights not yet read.
+
+    Args:
+        source: a file, or a model in memory, which is not changed.
+        mapped: large weights inside the file stay there, too: they are read as if they were external data.
 
     Raises:
         ModelError: `source` is missing, not an ONNX model, truncated, or lacks its external data.
@@ -55,7 +60,7 @@ def load(source: str | Path | ir.Model | onnx.ModelProto) -> ir.Model:
             raise ModelError(f"{path} is a folder: give the path of the .onnx file inside it.")
         if not os.access(path, os.R_OK):
             raise ModelError(f"{path} cannot be read: check its permissions.")
-        model = ir.from_proto(_dense(onnx.load(path, load_external_data=False)))
+        model = ir.from_proto(_dense(_read(path, mapped=mapped)))
         ir.external_data.set_base_dir(model.graph, path.parent)
     except DecodeError as error:
         raise ModelError(
@@ -66,6 +71,13 @@ def load(source: str | Path | ir.Model | onnx.ModelProto) -> ir.Model:
         raise ModelError(f"{path} cannot be read as an ONNX model: {error}.") from error
     _check_external(model, path)
     return _checked(model, str(path))
+
+
+def _read(path: Path, *, mapped: bool) -> onnx.ModelProto:
+    if mapped:
+        with contextlib.suppress(ValueError):  # what is no message is refused below
+            return wire.read_mapped(path)
+    return onnx.load(path, load_external_data=False)
 
 
 def _checked(model: ir.Model, where: str) -> ir.Model:
@@ -202,6 +214,11 @@ def external_files(model: ir.Model) -> set[Path]:
     }
 
 
+def data_file(path: Path) -> Path:
+    """Where the weights of the model at `path` stand if they are many."""
+    return path.with_name(f"{path.name}.data")
+
+
 def save(model: ir.Model, path: Path) -> None:
     """`path` (and `path`.data for large weights) hold the model; each is replaced only when whole.
 
@@ -210,16 +227,17 @@ def save(model: ir.Model, path: Path) -> None:
     """
     with atomic(path) as temporary:
         if weight_bytes(model) < EXTERNAL_BYTES:
-            temporary.write_bytes(to_bytes(model))
+            with temporary.open("wb") as file:
+                wire.write(model, file)
             return
-        data = temporary.with_name(f"{path.name}.data")
-        ir.save(model, temporary, external_data=data.name)
-        data.replace(path.with_name(data.name))
+        ir.save(model, temporary, external_data=data_file(path).name)
 
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
     """A path in a fresh folder beside `path`; what was written there becomes `path` at the end.
+
+    A data file beside it, named by `data_file`, moves along: both are replaced, or neither is.
 
     Raises:
         OutputError: the folder is missing or cannot be written, or the disk is full.
@@ -229,12 +247,30 @@ def atomic(path: Path) -> Iterator[Path]:
         check_writable(path)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", dir=path.parent))
         yield folder / path.name
-        (folder / path.name).replace(path)
+        _publish(folder / path.name, path)
     except OSError as error:
         raise OutputError(f"{path} could not be written: {error.strerror or error}.") from error
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _publish(made: Path, path: Path) -> None:
+    """The files move to their places; if one cannot, what stood there is there again."""
+    data, place, old = data_file(made), data_file(path), made.with_name("old")
+    if not data.exists():
+        made.replace(path)
+        return
+    if place.exists():
+        place.replace(old)
+    try:
+        data.replace(place)
+        made.replace(path)
+    except BaseException:
+        place.unlink(missing_ok=True)
+        if old.exists():
+            old.replace(place)
+        raise
 
 
 def check_writable(path: Path) -> None:

@@ -192,6 +192,7 @@ class Store:
         """The weights; the last ones made are at hand."""
         if self._last is not None and self._last[0] is source:
             return self._last[1]
+        self._last = None  # before others are made: a table of 128k rows has a gigabyte of codes
         made = source.make()
         layout = source.layout
         shown = (

@@ -10,7 +10,7 @@ import pytest
 from rewrites import assert_close, parse, random_feed, run
 
 from qcompile.errors import ModelError, OutputError
-from qcompile.graph import io
+from qcompile.graph import io, wire
 from qcompile.graph.edit import graphs
 
 W = ", ".join(str(i % 7) for i in range(400))
@@ -280,7 +280,7 @@ def test_a_full_disk_leaves_nothing(path: Path, monkeypatch: pytest.MonkeyPatch)
     def fail(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_bytes", fail)
+    monkeypatch.setattr(wire, "write", fail)
     assert unwritable(path) == f"{path} could not be written: No space left on device."
     monkeypatch.setattr(io, "EXTERNAL_BYTES", 1)
     monkeypatch.setattr(ir, "save", fail)

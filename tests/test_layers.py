@@ -12,9 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Folders and top-level modules. `qcompile` is the public face; it imports the rest when names are used.
 ORDER = (
-    "errors", "version", "progress", "table", "limits", "quant", "graph", "step", "targets", "run", "plan",
+    "errors", "version", "progress", "table", "limits", "resident", "quant", "graph", "step", "targets", "run", "plan",
     "calib", "recipe", "algo", "solve", "passes", "prepare", "build", "pieces", "timing", "verify", "report", "inputs",
-    "keep", "opened", "workshop", "accept", "faster", "tune", "predict", "improve", "budget", "referee", "frontier", "search", "figure", "finish", "compiler", "calibrate", "harm", "gains", "layers", "commands", "survey",
+    "keep", "spot", "stream", "opened", "workshop", "accept", "faster", "tune", "predict", "improve", "budget", "referee", "frontier", "search", "figure", "finish", "compiler", "calibrate", "harm", "gains", "layers", "commands", "survey",
     "show", "words", "options", "cli", "__main__", "qcompile",
 )  # fmt: skip
 # What only annotations need may stand above, for these alone: (importer, imported).

@@ -226,11 +226,20 @@ def save(model: ir.Model, path: Path) -> None:
         OutputError: the folder is missing or cannot be written, or the disk is full.
     """
     with atomic(path) as temporary:
-        if weight_bytes(model) < EXTERNAL_BYTES:
-            with temporary.open("wb") as file:
-                wire.write(model, file)
-            return
-        ir.save(model, temporary, external_data=data_file(path).name)
+        write(model, temporary)
+
+
+def write(model: ir.Model, path: Path) -> None:
+    """As `save`, in place: for a folder of one's own, as `atomic` gives.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if weight_bytes(model) >= EXTERNAL_BYTES:
+        ir.save(model, path, external_data=data_file(path).name)
+        return
+    with path.open("wb") as file:
+        wire.write(model, file)
 
 
 @contextlib.contextmanager
@@ -316,6 +325,19 @@ def check(model: ir.Model) -> str | None:
         onnx.checker.check_model(to_bytes(model))
     except onnx.checker.ValidationError as error:
         return str(error).strip().splitlines()[0]
+    return None
+
+
+def check_file(path: Path) -> str | None:
+    """The ONNX checker's complaint about a file, whose weights stay there. Its folder must be one's own."""
+    skeleton = path.with_name("skeleton.onnx")
+    try:
+        skeleton.write_bytes(wire.read_mapped(path).SerializeToString())
+        onnx.checker.check_model(str(skeleton))
+    except (onnx.checker.ValidationError, ValueError) as error:
+        return str(error).strip().splitlines()[0]
+    finally:
+        skeleton.unlink(missing_ok=True)
     return None
 
 

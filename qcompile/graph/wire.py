@@ -170,9 +170,7 @@ def _placeholder(tensor: ir.TensorProtocol) -> ir.ExternalTensor:
     )  # fmt: skip
 
 
-def _write(
-    proto: onnx.ModelProto, tensors: dict[str, ir.TensorProtocol], file: IO[bytes]
-) -> None:
+def _write(proto: onnx.ModelProto, tensors: dict[str, ir.TensorProtocol], file: IO[bytes]) -> None:
     pieces: list[tuple[bytes, ir.TensorProtocol | None, bytes]] = []
     for held in proto.graph.initializer:
         tensor = tensors.get(held.name)

@@ -7,6 +7,7 @@ import re
 import threading
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 _STATUS = Path("/proc/self/status")
 _LINE = re.compile(r"^RssAnon:\s+(\d+) kB", re.MULTILINE)
@@ -34,7 +35,7 @@ class Peak:
         self._every, self._done = every, threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> Peak:
+    def __enter__(self) -> Self:
         """Begins."""
         if self.start is not None:
             self._thread.start()

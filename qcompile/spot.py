@@ -114,7 +114,8 @@ class _Part:
         found = array(value)
         if found is None:
             raise PassError(f"{self.node.name} reads codes that are not constant.")
-        return found[self.rows]
+        taken: npt.NDArray[Any] = found[self.rows]
+        return taken
 
     def stored(self) -> npt.NDArray[np.float32]:
         """The rows as they are stored, float32 (n, K)."""

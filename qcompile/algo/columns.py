@@ -22,6 +22,7 @@ Array = npt.NDArray[Any]
 ScaleType = Literal["float32", "float16", "bfloat16"]
 
 CHUNK = 1 << 16  # weights that are worked on at once: 256 KiB of float32 a temporary
+_SHORT = 256  # weights of a block, up to which it pays to turn them before they are reduced
 _SPAN = (
     2.0**-100
 )  # of the greatest weight beside it, the least that a scale may be: x / scale stays finite
@@ -103,15 +104,17 @@ class Columns:
         rows: which of W.
         values: float32 (B, M) with M = rows * G, divided by `unit`: magnitudes below 2.
         unit: powers of two, float32 (M,).
+        bounds: the least and the greatest of the values and 0, float32 (M,), where they are known.
     """
 
     rows: slice
     values: Array
     unit: Array
+    bounds: tuple[Array, Array] | None = None
 
     def reach(self) -> tuple[Array, Array]:
         """The least and the greatest value of each block and 0, float32 (M,)."""
-        return self.values.min(axis=0, initial=0), self.values.max(axis=0, initial=0)
+        return _reach(self.values) if self.bounds is None else self.bounds
 
 
 def columns(W: Array, block: int | None, most: int = CHUNK) -> Iterator[Columns]:
@@ -123,11 +126,19 @@ def columns(W: Array, block: int | None, most: int = CHUNK) -> Iterator[Columns]
         part = W[first : first + step]
         if size * number != depth:
             part = np.pad(part, ((0, 0), (0, size * number - depth)))
-        # (n, G * B) -> (n, G, B) -> (B, n, G) -> (B, M), a copy
+        # (n, G * B) -> (n, G, B) -> (B, n, G) -> (B, M), a view of rows that are contiguous
         values = part.reshape(-1, number, size).transpose(2, 0, 1).reshape(size, -1)
-        extreme = np.maximum(values.max(axis=0, initial=0), -values.min(axis=0, initial=0))
-        unit = powers(extreme)
-        yield Columns(slice(first, first + step), values / unit, unit)
+        low, high = _reach(values)
+        unit = powers(np.maximum(high, -low))
+        # to divide keeps the order of numbers, rounded or not: the bounds need not be found again
+        yield Columns(slice(first, first + step), values / unit, unit, (low / unit, high / unit))
+
+
+def _reach(values: Array) -> tuple[Array, Array]:
+    """The least and the greatest value of each column and 0."""
+    if values.flags.f_contiguous and len(values) <= _SHORT:  # one short loop a column
+        values = np.ascontiguousarray(values)
+    return values.min(axis=0, initial=0), values.max(axis=0, initial=0)
 
 
 def powers(extreme: Array) -> Array:

@@ -165,7 +165,7 @@ def _can_wait(tensor: ir.TensorProtocol) -> bool:
 def _placeholder(tensor: ir.TensorProtocol) -> ir.ExternalTensor:
     """What a tensor looks like, without its numbers."""
     return ir.ExternalTensor(
-        "", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=tensor.name or "",
+        "", 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape.numpy()), name=tensor.name or "",
         doc_string=tensor.doc_string, metadata_props=dict(tensor.metadata_props),
     )  # fmt: skip
 

@@ -98,19 +98,15 @@ def round_stored(weight: Stored, scheme: Scheme, pool: Executor) -> Rounded:
     scale, zero = np.empty(shape, np.float32), np.empty(shape, np.uint8)
     step = max(SLAB // max(depth, 1), _ROWS)
     with mapped(weight.tensor):
-        values = weight.moved()
 
         def slab(first: int) -> tuple[float, float]:
             part = slice(first, first + step)
-            W = contiguous(weight, values[part])
+            W = contiguous(weight, weight.moved()[part])
             made = _round(W, scheme, weight, first)
             codes[part], scale[part], zero[part] = made.codes, made.scale, made.zero
             return squares(W, made)
 
-        try:
-            sums = list(pool.map(slab, range(0, rows, step)))
-        finally:
-            del values  # `slab` holds it otherwise, and the file stays mapped
+        sums = list(pool.map(slab, range(0, rows, step)))
     off, whole = (math.fsum(part) for part in zip(*sums, strict=True))
     blocked = Blocked(codes, scale, zero, scheme.bits, scheme.block)
     return Rounded(blocked, math.sqrt(off / whole) if whole else 0.0)

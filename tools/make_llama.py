@@ -67,7 +67,6 @@ class Shape:
 
 SIZES = {
     "7B": Shape(),
-    "3GiB": Shape(layers=14, width=2048, inner=5632, vocab=32000),  # 0.85e9 numbers, float32
     "1B": Shape(layers=22, width=2048, inner=5632, vocab=32000),
 }
 
@@ -107,6 +106,29 @@ def make_llama(
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
     onnx.save(model, path)
     return shape.params * numpy_type.itemsize
+
+
+def make_chain(path: Path, count: int, width: int, *, seed: int = 0) -> int:
+    """A chain of so many products of float32 (width, width), random, at `path`; returns the bytes of weights."""
+    size = count * width * width * 4
+    pattern = np.random.default_rng(seed).standard_normal(_PATTERN).astype(np.float32)
+    store = _Store(path, 1, size, pattern)
+    names = ["x", *(f"y{i}" for i in range(count))]
+    weights = [
+        store.tensor(f"w{i}", (width, width), TensorProto.FLOAT, random=True) for i in range(count)
+    ]
+    nodes = [
+        helper.make_node("MatMul", [names[i], f"w{i}"], [names[i + 1]], f"n{i}")
+        for i in range(count)
+    ]
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", width])
+        for name in (names[0], names[-1])
+    ]
+    graph = helper.make_graph(nodes, "chain", ends[:1], ends[1:], weights)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.save(model, path)
+    return size
 
 
 def _name(kind: int) -> Kind:

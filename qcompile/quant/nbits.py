@@ -167,7 +167,11 @@ def pack_rows(
         for place in range(per_byte):
             part = codes[start : start + step, place::per_byte]
             lifted = part + np.uint8(lift) if lift else part
-            data[start : start + step, : part.shape[1]] |= lifted << np.uint8(place * bits)
+            into = data[start : start + step, : part.shape[1]]
+            if place:
+                into |= lifted << np.uint8(place * bits)
+            else:
+                into[...] = lifted
     return data
 
 

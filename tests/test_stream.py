@@ -16,15 +16,16 @@ import pytest
 from large_models import SMALL, edited, llama
 from make_llama import Kind, Shape, make_llama
 
-import qcompile.stream
 from passes.lower_nbits import LowerNbits
 from passes.name_nodes import NameNodes
+from qcompile import stream
 from qcompile.algo.rtn import rtn, search
 from qcompile.errors import ModelError, OutputError, PassError, RecipeError
 from qcompile.graph import io, wire
 from qcompile.graph.linear import find_linears
 from qcompile.resident import anonymous_bytes
 from qcompile.run.session import Session
+from qcompile.solve import slabs
 from qcompile.step import run_pass
 from qcompile.stream import StreamSettings, quantize_large
 
@@ -58,7 +59,13 @@ def names(folder: Path) -> list[str]:
 @pytest.mark.parametrize(("bits", "block"), [(4, 32), (8, 0), (4, 0)])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_result_is_that_in_memory(
-    tmp_path: Path, files: int, bits: int, block: int, monkeypatch: pytest.MonkeyPatch, *, symmetric: bool
+    tmp_path: Path,
+    files: int,
+    bits: int,
+    block: int,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    symmetric: bool,
 ) -> None:
     monkeypatch.setattr(wire, "LEAST", 256)
     path = llama(tmp_path / "m.onnx", files=files)
@@ -83,7 +90,9 @@ def test_the_result_with_a_data_file(tmp_path: Path, monkeypatch: pytest.MonkeyP
     in_memory(path, settings, tmp_path / "other" / "out.onnx")
     for name in ("out.onnx", "out.onnx.data"):
         assert (tmp_path / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
-    assert report.after == sum((tmp_path / f"out.onnx{end}").stat().st_size for end in ("", ".data"))
+    assert report.after == sum(
+        (tmp_path / f"out.onnx{end}").stat().st_size for end in ("", ".data")
+    )
     assert Session(tmp_path / "out.onnx").run(IDS)[0].shape == (2, 3, SMALL.vocab)
 
 
@@ -107,7 +116,9 @@ def test_narrow_weights(tmp_path: Path, kind: Kind, scale: type, *, cast: bool) 
 
 def test_activations_of_bfloat16_stay(tmp_path: Path) -> None:
     path = llama(tmp_path / "m.onnx", kind="bfloat16")
-    with pytest.raises(ModelError, match="no weight to round: /embed/Gather: its weight is BFLOAT16"):
+    with pytest.raises(
+        ModelError, match="no weight to round: /embed/Gather: its weight is BFLOAT16"
+    ):
         quantize_large(path, tmp_path / "out.onnx")
     assert "out.onnx" not in names(tmp_path)
 
@@ -203,7 +214,9 @@ def test_settings_that_are_refused(words: dict[str, Any], message: str) -> None:
         StreamSettings(**words)
 
 
-def refused(path: Path, settings: StreamSettings | None = None, error: type[Exception] = ModelError) -> str:
+def refused(
+    path: Path, settings: StreamSettings | None = None, error: type[Exception] = ModelError
+) -> str:
     """The sentence with which it ends; what stood at the output stands there still, and nothing else."""
     output = path.with_name("out.onnx")
     output.write_bytes(b"old")
@@ -272,13 +285,15 @@ def test_an_output_that_is_a_file_of_the_model(tmp_path: Path) -> None:
 
 def test_a_result_that_is_off_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = llama(tmp_path / "m.onnx")
-    true = qcompile.stream.round_stored
+    true = slabs.round_stored
 
     def wrong(*given: Any) -> Any:
         made = true(*given)
-        return dataclasses.replace(made, blocked=dataclasses.replace(made.blocked, codes=made.blocked.codes ^ 1))
+        return dataclasses.replace(
+            made, blocked=dataclasses.replace(made.blocked, codes=made.blocked.codes ^ np.uint8(1))
+        )
 
-    monkeypatch.setattr(qcompile.stream, "round_stored", wrong)
+    monkeypatch.setattr(stream, "round_stored", wrong)
     assert "these should agree" in refused(path, None, PassError)
 
 

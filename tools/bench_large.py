@@ -117,7 +117,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="bench-large-", dir=args.folder) as folder:
             free = shutil.disk_usage(folder).free
             if free < _DISK[name]:
-                print(f"{name:<6}left out: {free / 2**30:.1f} GiB are free, {_DISK[name] >> 30} needed")
+                print(
+                    f"{name:<6}left out: {free / 2**30:.1f} GiB are free, {_DISK[name] >> 30} needed"
+                )
                 continue
             lines += case(name, Path(folder), args.peer)
     if args.json:

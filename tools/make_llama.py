@@ -14,7 +14,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import ml_dtypes
 import numpy as np
@@ -23,7 +23,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 Kind = Literal["float32", "float16", "bfloat16"]
-_TYPES = {
+_KINDS: tuple[Kind, ...] = ("float32", "float16", "bfloat16")
+_TYPES: dict[Kind, tuple[int, np.dtype[Any]]] = {
     "float32": (TensorProto.FLOAT, np.dtype(np.float32)),
     "float16": (TensorProto.FLOAT16, np.dtype(np.float16)),
     "bfloat16": (TensorProto.BFLOAT16, np.dtype(ml_dtypes.bfloat16)),
@@ -132,7 +133,7 @@ def make_chain(path: Path, count: int, width: int, *, seed: int = 0) -> int:
 
 
 def _name(kind: int) -> Kind:
-    return next(name for name, (number, _) in _TYPES.items() if number == kind)  # type: ignore[return-value]
+    return next(name for name in _KINDS if _TYPES[name][0] == kind)
 
 
 class _Store:

@@ -146,6 +146,7 @@ def write(model: ir.Model, file: IO[bytes]) -> None:
     try:
         for value, tensor in held:
             if value.graph is model.graph and _can_wait(tensor):
+                tensor.name = value.name  # as the serializer of `onnx_ir` does
                 streamed[value.name or ""] = tensor
                 value.const_value = _placeholder(tensor)
             elif isinstance(tensor, ir.ExternalTensor):  # a reference holds in one folder only

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from qcompile.algo.blocks import Blocked, groups
+from qcompile.algo.blocks import Blocked, groups, width
 from qcompile.algo.rtn import rtn, search
 from qcompile.errors import ModelError
 from qcompile.graph.chain import Stored
@@ -146,7 +146,7 @@ def squares(W: npt.NDArray[np.float32], made: Blocked) -> tuple[float, float]:
     """The sums of (w - w')^2 and of w^2."""
     rows, depth = W.shape
     number = made.scale.shape[1]
-    if depth % number:
+    if width(depth, made.block) * number != depth:
         off = made.dequantize()
     else:  # blocks of one length need no repeated scales
         shaped = made.codes.reshape(rows, number, -1).astype(np.float32)

@@ -1,0 +1,49 @@
+"""Anonymous memory, as Linux tells it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qcompile import resident
+from qcompile.resident import Peak, anonymous_bytes
+
+linux = pytest.mark.skipif(anonymous_bytes() is None, reason="this system does not tell it")
+
+
+@linux
+def test_memory_that_was_given_back_counts() -> None:
+    with Peak() as peak:
+        held = np.ones(20_000_000, np.uint8)
+        peak._look()
+        del held
+    assert peak.start is not None
+    assert peak.most is not None
+    assert 20e6 <= peak.most - peak.start < 40e6
+
+
+@linux
+def test_the_thread_looks_by_itself_and_ends() -> None:
+    with Peak(every=0.001) as peak:
+        held = np.ones(20_000_000, np.uint8)
+        while peak.most is not None and peak.start is not None and peak.most - peak.start < 10e6:
+            held += 1
+    assert not peak._thread.is_alive()
+
+
+def test_a_system_that_does_not_tell(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for text in (None, "VmRSS: 12 kB\n"):
+        if text is not None:
+            (tmp_path / "status").write_text(text)
+        monkeypatch.setattr(resident, "_STATUS", tmp_path / "status")
+        with Peak() as peak:
+            pass
+        assert (peak.start, peak.most) == (None, None)
+
+
+def test_the_line_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "status").write_text("VmRSS:\t 99 kB\nRssAnon:\t   1234 kB\nRssFile:\t 5 kB\n")
+    monkeypatch.setattr(resident, "_STATUS", tmp_path / "status")
+    assert anonymous_bytes() == 1234 * 1024

@@ -155,9 +155,9 @@ def quantize_large(
     settings, begin = settings or StreamSettings(), time.perf_counter()
     with Peak() as peak:
         model = io.load(path, mapped=True)
-        files = {path, *io.external_files(model)}
-        for file in files:
-            what = "the model" if file == path else "a data file of the model"
+        files = {path.resolve(), *(file.resolve() for file in io.external_files(model))}
+        for file in sorted(files):
+            what = "the model" if file == path.resolve() else "a data file of the model"
             io.check_apart(output, {what: file})
             io.check_apart(io.data_file(output), {what: file})
         before = sum(file.stat().st_size for file in files)

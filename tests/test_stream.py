@@ -165,6 +165,18 @@ def test_odd_names(tmp_path: Path, name: str) -> None:
     assert Session(out).run(IDS)[0].shape == (2, 3, SMALL.vocab)
 
 
+def test_a_model_that_is_a_link(tmp_path: Path) -> None:
+    for folder in ("blobs", "snapshot"):
+        (tmp_path / folder).mkdir()
+    held = llama(tmp_path / "blobs" / "123abc", files=0)
+    path = tmp_path / "snapshot" / "m.onnx"
+    path.symlink_to(held)
+    report = quantize_large(path, tmp_path / "out.onnx")
+    assert report.before == held.stat().st_size
+    with pytest.raises(OutputError, match="is the model itself"):
+        quantize_large(path, held)
+
+
 def test_patterns(tmp_path: Path) -> None:
     path = llama(tmp_path / "m.onnx")
     settings = StreamSettings(

@@ -62,6 +62,7 @@ def load(source: str | Path | ir.Model | onnx.ModelProto, *, mapped: bool = Fals
             raise ModelError(f"{path} cannot be read: check its permissions.")
         model = ir.from_proto(_dense(_read(path, mapped=mapped)))
         ir.external_data.set_base_dir(model.graph, path.parent)
+        _trust(model, path.resolve())
     except DecodeError as error:
         raise ModelError(
             f"{path} is not an ONNX model, or is truncated ({path.stat().st_size} bytes): "
@@ -69,15 +70,23 @@ def load(source: str | Path | ir.Model | onnx.ModelProto, *, mapped: bool = Fals
         ) from error
     except _UNREADABLE as error:
         raise ModelError(f"{path} cannot be read as an ONNX model: {error}.") from error
-    _check_external(model, path)
+    _check_external(model, path, read=mapped)
     return _checked(model, str(path))
 
 
 def _read(path: Path, *, mapped: bool) -> onnx.ModelProto:
     if mapped:
         with contextlib.suppress(ValueError):  # what is no message is refused below
-            return wire.read_mapped(path)
+            return wire.read_mapped(path, str(path.resolve()))
     return onnx.load(path, load_external_data=False)
+
+
+def _trust(model: ir.Model, path: Path) -> None:
+    """Tensors that stand in the model's own file are read though it may be a link, as in a cache of downloads."""
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and tensor.location == str(path):
+            tensor.base_dir = ""  # onnx_ir refuses links out of a folder that is given
 
 
 def _checked(model: ir.Model, where: str) -> ir.Model:
@@ -131,7 +140,8 @@ def _unnamed(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     return copy.copy(tensor)
 
 
-def _check_external(model: ir.Model, path: Path) -> None:
+def _check_external(model: ir.Model, path: Path, *, read: bool) -> None:
+    """Raises ModelError where external data is missing, or is to be `read` and onnx_ir would refuse that."""
     for graph in model.graphs():
         for value in graph.initializers.values():
             tensor = value.const_value
@@ -149,6 +159,16 @@ def _check_external(model: ir.Model, path: Path) -> None:
                     f"the external data of tensor {value.name!r} is truncated: {file} has "
                     f"{file.stat().st_size} bytes of at least {wanted}. Copy it again."
                 )
+            if read and tensor.base_dir and not _inside(file, Path(tensor.base_dir)):
+                raise ModelError(
+                    f"the external data of tensor {value.name!r} is refused: {file} is a link, or lies outside of "
+                    f"the folder of {path.name}. Copy both into one folder."
+                )
+
+
+def _inside(file: Path, folder: Path) -> bool:
+    """Whether a file is in a folder, links followed, and in no other: what else a model names may be a secret."""
+    return file.resolve().is_relative_to(folder.resolve()) and file.stat().st_nlink == 1
 
 
 def weight_bytes(model: ir.Model) -> int:

@@ -45,8 +45,12 @@ def key(number: int, length: int) -> bytes:
     return varint(number << 3 | _BYTES) + varint(length)
 
 
-def read_mapped(path: Path) -> onnx.ModelProto:
+def read_mapped(path: Path, location: str | None = None) -> onnx.ModelProto:
     """The model of a file; large initializers of its main graph refer to the file as if it were external data.
+
+    Args:
+        path: of the file.
+        location: what they call it; its name, if not given.
 
     Raises:
         ValueError: the bytes are no message.
@@ -58,7 +62,7 @@ def read_mapped(path: Path) -> onnx.ModelProto:
             raise ValueError("the file holds no graph, or one in pieces")
         _, start, inner, end = graphs[0]
         made += data[:start]
-        graph = _graph(data, inner, end, path.name)
+        graph = _graph(data, inner, end, location or path.name)
         made += key(GRAPH, len(graph)) + graph
         made += data[end:]
     model = onnx.ModelProto()

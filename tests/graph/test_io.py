@@ -1,6 +1,7 @@
 import errno
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -334,3 +335,49 @@ def test_an_opset_that_cannot_be_reached() -> None:
     text = "g (float[4] x) => (float[4] y) { y = NoSuchOp(x) }"
     with pytest.raises(ModelError, match=r"the model cannot be raised to opset 13: .+\."):
         io.convert_opset(parse(text, 7), 13)
+
+
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+def test_external_data_that_is_a_link(tmp_path: Path, link: Callable[[Path, Path], None]) -> None:
+    (tmp_path / "a").mkdir()
+    path = external(tmp_path / "a")
+    (file,) = [file for file in path.parent.iterdir() if file != path]
+    file.rename(tmp_path / "elsewhere")
+    link(file, tmp_path / "elsewhere")
+    io.load(path)  # its shapes are of use
+    with pytest.raises(ModelError, match="is refused") as caught:
+        io.load(path, mapped=True)
+    message = str(caught.value)
+    assert message.endswith("Copy both into one folder.")
+
+
+def test_a_model_and_its_data_go_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.onnx"
+    for name in ("m.onnx", "m.onnx.data"):
+        (tmp_path / name).write_text(f"old {name}")
+    true = Path.replace
+
+    def fail(file: Path, place: Path) -> Path:
+        if Path(place) == path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return true(file, place)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    monkeypatch.setattr(io, "EXTERNAL_BYTES", 1)
+    assert "Input/output error" in unwritable(path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    assert (tmp_path / "m.onnx.data").read_text() == "old m.onnx.data"
+    monkeypatch.undo()
+    monkeypatch.setattr(io, "EXTERNAL_BYTES", 1)
+    io.save(model(), path)
+    assert (tmp_path / "m.onnx.data").stat().st_size == 1600
+
+
+def test_a_file_is_checked_where_it_stands(tmp_path: Path) -> None:
+    io.save(model(), tmp_path / "m.onnx")
+    assert io.check_file(tmp_path / "m.onnx") is None
+    broken = model()
+    broken.graph[0].op_type = "NoSuchOp"
+    io.save(broken, tmp_path / "n.onnx")
+    assert "NoSuchOp" in str(io.check_file(tmp_path / "n.onnx"))
+    assert [file.name for file in sorted(tmp_path.iterdir())] == ["m.onnx", "n.onnx"]

@@ -26,6 +26,9 @@ _FLOATS = {
     ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
 }
 
+_SIGN_AND_REST = np.int32(0x0FFFFFFF - (1 << 31))  # all bits but those that the sign was spread to
+_NO_FLOAT16 = 65536.0  # 2**16 has the exponent that float16 keeps for what is no number
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stored:
@@ -101,8 +104,21 @@ class Stored:
     def cast(self, values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """Some of the stored numbers as the reader sees them, float32."""
         for cast in self.casts:
-            values = values.astype(_FLOATS[cast], copy=False)
-        return values.astype(np.float32, copy=False)
+            values = _as(values, _FLOATS[cast])
+        return _as(values, np.dtype(np.float32))
+
+
+def _as(values: npt.NDArray[Any], kind: np.dtype[Any]) -> npt.NDArray[Any]:
+    """The numbers rounded to another type: as `astype` does, which widens float16 five times as slowly."""
+    if values.dtype != np.float16 or kind != np.float32:
+        return values.astype(kind, copy=False)
+    bits = values.view(np.int16).astype(np.int32)  # the sign fills the upper half
+    bits <<= 13  # the exponent's lowest bit and the fraction are where float32 has them
+    bits &= _SIGN_AND_REST
+    wide: npt.NDArray[np.float32] = bits.view(np.float32)
+    wide *= np.float32(2.0**112)  # biases are 127 and 15; subnormal numbers become normal, exactly
+    top = max(wide.max(initial=0), -wide.min(initial=0))
+    return wide if top < _NO_FLOAT16 else values.astype(kind)  # infinities and NaN
 
 
 def follow(value: ir.Value | None) -> Stored | str | None:

@@ -116,7 +116,7 @@ def contiguous(weight: Stored, values: npt.NDArray[Any]) -> npt.NDArray[np.float
     """Some rows of a stored weight as the reader sees them, float32 (n, K), contiguous.
 
     Rows of a transposed weight are copied as they are stored first: to turn them where they stand, each number from
-    another page, takes thrice as long.
+    another page, takes ten times as long.
     """
     if not values.flags.c_contiguous:
         values = np.ascontiguousarray(values.T).T

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from lowering import constant
 from rewrites import parse, run
 
-from qcompile.graph.chain import Stored, follow
+from qcompile.graph.chain import Stored, _stored, follow
 
 W = constant("w", 2, 3, 4)
 
@@ -142,3 +142,15 @@ def test_a_weight_in_a_file_is_mapped(tmp_path: Path) -> None:
     read = found.transposed(1, 0).read()
     np.testing.assert_array_equal(read, values.T)
     assert np.shares_memory(read, tensor.numpy())
+
+
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("finite", [True, False])
+def test_every_float16_is_widened_exactly(*, turned: bool, finite: bool) -> None:
+    values = np.arange(65536, dtype=np.uint16).view(np.float16).reshape(256, 256)
+    values = np.where(np.isfinite(values) | (not finite), values, np.float16(0))
+    stored = _stored(ir.Value(name="w"), ir.Tensor(values))
+    wide = (stored.transposed(1, 0) if turned else stored).read()
+    assert wide.dtype == np.float32
+    wanted = (values.T if turned else values).astype(np.float32)
+    np.testing.assert_array_equal(wide.view(np.int32), wanted.view(np.int32))

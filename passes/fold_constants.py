@@ -51,16 +51,22 @@ _MAX_CAST = 8  # int8 to int64 or float64
 
 @dataclasses.dataclass(frozen=True)
 class FoldConstants(Pass):
-    """`Transpose(W[const]) -> MatMul` -> `MatMul(W')`, for every deterministic chain on constants."""
+    """`Transpose(W[const]) -> MatMul` -> `MatMul(W')`, for every deterministic chain on constants.
+
+    Attributes:
+        tied: large weights that other nodes read as well are not folded, as each fold would store them once more: a
+            table of embeddings whose transpose is the head.
+    """
 
     name: ClassVar[str] = "fold_constants"
+    tied: bool = False
 
     def apply(self, model: ir.Model) -> Outcome:
         """See the class. Skipped: what ORT cannot evaluate, what could grow. Outputs stay computed."""
         outcome = Outcome()
         names = Names(model)
         for graph in graphs(model):
-            folded = _foldable(graph, outcome)
+            folded = _foldable(graph, outcome, tied=self.tied)
             if folded and not _fold(model, graph, names, folded, outcome):
                 for node in folded:
                     _fold(model, graph, names, [node], outcome)
@@ -124,7 +130,7 @@ class _Bound:
     shape: tuple[int, ...] | None
 
 
-def _foldable(graph: ir.Graph, outcome: Outcome) -> list[ir.Node]:
+def _foldable(graph: ir.Graph, outcome: Outcome, *, tied: bool) -> list[ir.Node]:
     """The nodes on constants alone, in graph order."""
     known: dict[ir.Value, _Bound] = {}
     folded: list[ir.Node] = []
@@ -138,6 +144,11 @@ def _foldable(graph: ir.Graph, outcome: Outcome) -> list[ir.Node]:
                 known[value] = _Bound(tensor.nbytes, tuple(map(int, tensor.shape.numpy())))
         if any(value not in known for value in inputs):
             continue
+        if tied and any(known[v].size > _FREE_GROWTH and _read_elsewhere(v, node) for v in inputs):
+            outcome.skipped[node.name or ""] = (
+                "its weight is read elsewhere, and would be stored twice"
+            )
+            continue
         bound = _bound(node, [known[value] for value in inputs])
         if bound is None:
             outcome.skipped[node.name or ""] = "its result could be much larger than its inputs"
@@ -145,6 +156,10 @@ def _foldable(graph: ir.Graph, outcome: Outcome) -> list[ir.Node]:
         known.update(dict.fromkeys(node.outputs, bound))
         folded.append(node)
     return folded
+
+
+def _read_elsewhere(value: ir.Value, node: ir.Node) -> bool:
+    return value.is_graph_output() or any(use.node is not node for use in value.uses())
 
 
 def _deterministic(node: ir.Node) -> bool:

@@ -11,7 +11,8 @@ from typing import Any
 import onnx_ir as ir
 
 from qcompile import finish, search
-from qcompile.errors import DataError
+from qcompile.errors import DataError, RecipeError
+from qcompile.fewbits.compile import compile_weights
 from qcompile.keep import unmet
 from qcompile.opened import Opened, open_model
 from qcompile.plan.make import Request
@@ -65,10 +66,15 @@ def compile_model(
     }  # fmt: skip
     paths = {kind: Path(v) for kind, v in read.items() if isinstance(v, str | Path)}
     tokenizer = recipe.data.tokenizer if isinstance(recipe, Recipe) else None
-    place = finish.output_path(model, output, {**paths, "the tokenizer": tokenizer})
+    chosen = load_recipe(recipe)
+    label = f"int{chosen.bits or 8}"
+    place = finish.output_path(model, output, {**paths, "the tokenizer": tokenizer}, label)
     if report is not None:
         check_folder(Path(report))
-    chosen = load_recipe(recipe)
+    if chosen.bits is not None and (plan is not None or stats is not None):
+        raise RecipeError(
+            "plans and statistics are for 8-bit activations: leave them out with weights of few bits."
+        )
     metric = None
     if chosen.metric is not None:
         metric = load_metric(chosen.metric, lower_is_better=chosen.lower_is_better)
@@ -76,6 +82,8 @@ def compile_model(
     if metric is not None:
         with show.stage("scoring the float model"):
             metric = scored(metric, opened.session)
+    if chosen.bits is not None:
+        return compile_weights(opened, place, report, start, show)
     shop, request, draft = begin(opened, plan, show)
     shop, best, history = search.find_best(shop, request, draft, opened, metric)
     return finish.finish(opened, shop, best, history, place, report, start, show)

@@ -15,13 +15,12 @@ import onnx_ir as ir
 
 from qcompile.budget import pareto
 from qcompile.errors import ModelError, OutputError
-from qcompile.figure import draw_points
 from qcompile.graph import io
 from qcompile.opened import Opened
 from qcompile.plan.candidates import Candidate
 from qcompile.plan.plan import Form, NodePlan, Plan
 from qcompile.progress import Progress
-from qcompile.report import GOOD, INACCURATE, NOT_FASTER, Result, to_markdown
+from qcompile.report import GOOD, INACCURATE, NOT_FASTER, Result, write_report
 from qcompile.run.session import Options, Session, version
 from qcompile.search import History, timing_feeds
 from qcompile.verify.compare import Comparison
@@ -58,9 +57,10 @@ _QUANTIZABLE = (
 
 
 def output_path(
-    model: Any, output: str | Path | None, inputs: Mapping[str, Path | None] | None = None
-) -> Path | None:
-    """Where the result goes.
+    model: Any, output: str | Path | None, inputs: Mapping[str, Path | None] | None = None,
+    label: str = "int8",
+) -> Path | None:  # fmt: skip
+    """Where the result goes; `MODEL.label.onnx` beside the model, if nothing else is said.
 
     Raises:
         ModelError: there is no such model.
@@ -72,7 +72,7 @@ def output_path(
     if output is None:
         if path is None:
             return None
-        place = path.with_name(f"{path.stem}.int8.onnx")
+        place = path.with_name(f"{path.stem}.{label}.onnx")
     else:
         place = Path(output)
     io.check_apart(place, {"the input": path, **(inputs or {})})
@@ -117,7 +117,7 @@ def finish(
     result = Result(
         model=None if opened.path is None else str(opened.path), output=None if place is None else str(place),
         target=shop.target.name, recipe=shop.recipe.name, format=best.form, ranges=best.ranging.method,
-        seconds=time.perf_counter() - start, peak_rss_mb=_peak_rss(),
+        seconds=time.perf_counter() - start, peak_rss_mb=peak_rss(),
         size_mb={"before": before / 1e6, "after": after / 1e6},
         latency={"fp32_ms": worst["fp32_ms"], "result_ms": worst["result_ms"], "speedup": speedup, "feeds": feeds},
         outputs=_outputs(deployed, exact),
@@ -131,7 +131,7 @@ def finish(
         search=_search(history),
     )  # fmt: skip
     if report is not None:
-        _write_report(Path(report), result, best)
+        write_report(Path(report), result, best.plan.to_json())
     return result
 
 
@@ -290,7 +290,8 @@ def _size(path: Path | None, model: ir.Model) -> int:
     return io.file_bytes(path) if path is not None else io.weight_bytes(model)
 
 
-def _peak_rss() -> float:
+def peak_rss() -> float:
+    """The most resident memory of this process, in 10^6 bytes."""
     try:
         import resource  # noqa: PLC0415 - Windows lacks it
     except ImportError:
@@ -307,20 +308,3 @@ def _next(opened: Opened, best: Attempt, code: int) -> str:
     if code == INACCURATE:
         return f"qcompile plan {name}{data} -o plan.json   # set sensitive nodes to float there, then: qcompile {name}{data} --plan plan.json"
     return f"qcompile {name}{data} --report report/   # every node, its kernel and its reason"
-
-
-def _write_report(folder: Path, result: Result, best: Attempt) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, text in (
-            ("report.json", result.to_json()),
-            ("report.md", to_markdown(result)),
-            ("plan.json", best.plan.to_json()),
-        ):
-            (folder / name).write_text(text, "utf-8")
-        if result.search is not None:
-            draw_points(result.search, folder / "pareto.png")
-    except OSError as error:
-        raise OutputError(
-            f"the report could not be written to {folder}: {error.strerror}."
-        ) from error

@@ -127,7 +127,7 @@ def open_model(
                 f"{stats} was gathered with --held-out 0: samples of its own data both calibrate and judge."
             )
     with show.stage("preparing"):
-        prepared, _ = prepare(original.clone())
+        prepared, _ = prepare(original.clone(), tied=chosen.bits is not None)
         feed = stand_in(specs) if samples is None else samples.first()
         with running(MADE_UP if samples is None else "the first sample of the calibration data"):
             facts = probe(prepared, feed)

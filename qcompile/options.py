@@ -25,12 +25,15 @@ from qcompile.words import (
 if TYPE_CHECKING:
     from qcompile.recipe import Recipe
 
+# as `qcompile.algo.choose` has them, which would take a second to import
+ALGORITHMS = ("rtn", "search", "kquant", "hqq", "gptq", "gptq-order", "gptq-polish", "gptq-firm")
+
 _IMAGE = ("size", "resize", "crop", "mean", "std", "scale", "layout", "color")
 _DATA = ("samples", "tokenizer", "max_tokens")
 _OWN = (
     "ranges", "target", "threads", "format", "sqnr_goal", "min_sqnr", "memory", "skip_bad", "max_drop", "metric",
     "lower_is_better", "max_size", "max_latency", "objective", "search_time", "equalize", "smooth",
-    "rounding",
+    "rounding", "bits", "block", "symmetric", "algorithm", "accuracy_level",
 )  # fmt: skip
 
 
@@ -96,7 +99,8 @@ def recipe_of(args: argparse.Namespace) -> Recipe:
     image = dataclasses.replace(recipe.data.image, **given(_IMAGE))
     data = dataclasses.replace(recipe.data, image=image, **given(_DATA))
     keep = (*recipe.keep_float, *getattr(args, "keep_float", ()))
-    return dataclasses.replace(recipe, data=data, keep_float=keep, **given(_OWN))
+    bits_for = (*recipe.bits_for, *(getattr(args, "bits_for", None) or ()))
+    return dataclasses.replace(recipe, data=data, keep_float=keep, bits_for=bits_for, **given(_OWN))
 
 
 def _compile() -> Parser:
@@ -104,7 +108,7 @@ def _compile() -> Parser:
     parser.add_argument("model", metavar="MODEL.onnx", help="the float model; it is not changed")
     parser.add_argument(
         "-o", "--output", type=Path, metavar="OUT.onnx",
-        help="where the result goes (MODEL.int8.onnx beside the model)",
+        help="where the result goes (MODEL.int8.onnx, or .int4.onnx, beside the model)",
     )  # fmt: skip
     _add_data(parser, "calibration data; without it only what needs none is quantized")
     _add_calibration(parser)
@@ -118,6 +122,7 @@ def _compile() -> Parser:
         help="use them even if they are of another model, other data or another version",
     )  # fmt: skip
     _add_choices(parser)
+    _add_few_bits(parser)
     group = parser.add_argument_group("what is accepted")
     group.add_argument(
         "--sqnr-goal", type=number, metavar="DB",
@@ -306,7 +311,7 @@ def _add_choices(parser: Parser) -> None:
     group = parser.add_argument_group("what is done")
     group.add_argument(
         "--recipe", metavar="NAME|FILE",
-        help="int8 (default), int8-static, int8-dynamic, or a .toml file with any of these options",
+        help="int8 (default), int8-static, int8-dynamic, int4, int8-weights, or a .toml file with any of these options",
     )  # fmt: skip
     group.add_argument(
         "--target", metavar="NAME|FILE", help="machine to compile for (auto: this one)"
@@ -334,6 +339,27 @@ def _add_choices(parser: Parser) -> None:
         ("rounding", "round weights to the nearest code, do not search"),
     ):
         group.add_argument(f"--no-{name}", dest=name, action="store_false", default=None, help=what)
+
+
+def _add_few_bits(parser: Parser) -> None:
+    group = parser.add_argument_group("weights of few bits and float activations (--recipe int4)")
+    add_choice(group, "--bits", (2, 4, 8), "of weights, for MatMulNBits")
+    add_choice(group, "--block", (16, 32, 64, 128, 256), "weights that share a scale (32)")
+    group.add_argument(
+        "--symmetric", action="store_true", default=None, help="no zero points: smaller, less exact"
+    )
+    add_choice(
+        group, "--algorithm", ("auto", "all", *ALGORITHMS),
+        "how weights round (auto: the best of three for each matrix, on held-out data; all: of all)",
+    )  # fmt: skip
+    add_choice(
+        group, "--accuracy-level", (0, 1, 2, 3, 4),
+        "of MatMulNBits: 4 (default) rounds activations to 8 bits and is fast, 0 does not",
+    )  # fmt: skip
+    group.add_argument(
+        "--bits-for", metavar="PATTERN=BITS", action="append", default=[],
+        help="other bits for these nodes, as lm_head=8; may be repeated",
+    )  # fmt: skip
 
 
 def _add_data(parser: Parser, what: str) -> None:

@@ -36,8 +36,10 @@ OPSET = (
 )
 
 
-def prepare(model: ir.Model) -> tuple[ir.Model, dict[str, Outcome]]:
+def prepare(model: ir.Model, *, tied: bool = False) -> tuple[ir.Model, dict[str, Outcome]]:
     """The model rewritten, and what each pass did, by pass name. The one given may be changed.
+
+    With `tied`, large weights that several nodes read stay one: see `FoldConstants`.
 
     Local functions are inlined, the opset is raised where 8-bit types need it, Constant nodes
     become initializers, unread nodes go.
@@ -52,6 +54,7 @@ def prepare(model: ir.Model) -> tuple[ir.Model, dict[str, Outcome]]:
             logger.info("%s Nodes without an 8-bit form at that opset stay float.", error)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     drop_unread(model)
-    outcomes = {step.name: run_pass(step, model) for step in PASSES}
+    steps = [FoldConstants(tied) if isinstance(step, FoldConstants) else step for step in PASSES]
+    outcomes = {step.name: run_pass(step, model) for step in steps}
     drop_unread(model)
     return model, outcomes

@@ -48,6 +48,12 @@ class Recipe:
         equalize: fold scales of channels into the neighbouring weights of convolutions, where that helps.
         smooth: the same for products, as SmoothQuant does, and side paths for outlier channels.
         rounding: search codes of weights for the least error of what layers compute, not of the weights.
+        bits: of weights, 2, 4 or 8, with float activations (MatMulNBits); None: 8-bit weights and activations.
+        block: weights of a row that share a scale, 16 to 256.
+        symmetric: weights of `bits` have no zero points: smaller by bits / block a weight, and less exact.
+        algorithm: that rounds weights of `bits`: one of `qcompile.algo.choose`, or `auto`, the best for each matrix.
+        accuracy_level: of MatMulNBits: 4 rounds activations to 8 bits by blocks and is fast, 0 and 1 do not.
+        bits_for: other bits for some matrices, as `lm_head=8`; patterns as in `keep_float`.
         threads: intra-op threads for all runs; 0 leaves it to ORT.
         memory: bytes that observed tensors may take while samples run; with less, the data is read more often.
         skip_bad: leave out samples for which the float model makes NaN or infinities, instead of failing.
@@ -79,6 +85,12 @@ class Recipe:
     equalize: bool = True
     smooth: bool = True
     rounding: bool = True
+    bits: int | None = None
+    block: int = 32
+    symmetric: bool = False
+    algorithm: str = "auto"
+    accuracy_level: Literal[0, 1, 2, 3, 4] = 4
+    bits_for: tuple[str, ...] = ()
     threads: int = 0
     memory: int = MEMORY
     skip_bad: bool = False
@@ -107,8 +119,28 @@ class Recipe:
             if decibels is not None and not math.isfinite(decibels):
                 raise RecipeError(f"{name} is {decibels:g}: give a finite number of decibels.")
         self._check_budget()
+        self._check_weights()
         if not self.static and not self.dynamic:
             raise RecipeError("static and dynamic are both false: nothing could be quantized.")
+
+    def _check_weights(self) -> None:
+        if self.bits not in (None, 2, 4, 8):
+            raise RecipeError(f"bits is {self.bits}: kernels take weights of 2, 4 or 8 bits.")
+        if self.block not in (16, 32, 64, 128, 256):
+            raise RecipeError(
+                f"block is {self.block}: kernels take 16, 32, 64, 128 or 256 weights."
+            )
+        mine = ("bits_for", "symmetric", "algorithm", "block", "accuracy_level")
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        changed = [name for name in mine if getattr(self, name) != usual[name]]
+        if self.bits is None and changed:
+            raise RecipeError(
+                f"{changed[0]} is for weights of few bits: choose the recipe int4 or int8-weights, or give bits."
+            )
+        if self.bits is not None and self.limited:
+            raise RecipeError(
+                "max_drop, min_sqnr, max_size and max_latency are not searched for with weights of few bits: leave them out."
+            )
 
     def _check_budget(self) -> None:
         for name, text, unit in (
@@ -136,6 +168,8 @@ BUILT_IN: Mapping[str, Recipe] = {
     "int8": Recipe(),
     "int8-static": Recipe(name="int8-static", dynamic=False),
     "int8-dynamic": Recipe(name="int8-dynamic", static=False),
+    "int4": Recipe(name="int4", bits=4),
+    "int8-weights": Recipe(name="int8-weights", bits=8, block=128),
 }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qcompile.errors import OutputError
+from qcompile.figure import draw_points
 
 GOOD, WRONG_INPUT, INACCURATE, NOT_FASTER = 0, 2, 3, 4
 
@@ -228,3 +229,24 @@ def _head(*cells: str) -> list[str]:
 
 def _db(value: float | None) -> str:
     return "equal" if value is None else f"{value:.1f}"
+
+
+def write_report(folder: Path, result: Result, plan: str | None = None) -> None:
+    """`report.json` and `report.md`, `plan.json` if it is given, and `pareto.png` if there was a search.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
+    texts = {"report.json": result.to_json(), "report.md": to_markdown(result)}
+    if plan is not None:
+        texts["plan.json"] = plan
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            (folder / name).write_text(text, "utf-8")
+        if result.search is not None:
+            draw_points(result.search, folder / "pareto.png")
+    except OSError as error:
+        raise OutputError(
+            f"the report could not be written to {folder}: {error.strerror}."
+        ) from error

@@ -68,16 +68,20 @@ def byte_count(text: str) -> int:
 
 
 def add_choice(
-    parser: argparse._ActionsContainer, name: str, known: Sequence[str], help_text: str
+    parser: argparse._ActionsContainer,
+    name: str,
+    known: Sequence[str] | Sequence[int],
+    help_text: str,
 ) -> None:
     """An option whose value is one of `known`."""
+    words = {str(value): value for value in known}
 
-    def choice(text: str) -> str:
-        if text not in known:
-            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(known)}")
-        return text
+    def choice(text: str) -> str | int:
+        if text not in words:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(words)}")
+        return words[text]
 
-    parser.add_argument(name, type=choice, metavar="|".join(known), help=help_text)
+    parser.add_argument(name, type=choice, metavar="|".join(words), help=help_text)
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -1,0 +1,229 @@
+"""The driver for weights of a few bits: open, assign, solve, lower, verify. Each step on its own line."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from passes.lower_nbits import LowerNbits
+from qcompile.fewbits.assign import Assignment, assign
+from qcompile.fewbits.sequential import Found, solve_in_order, solve_plain, tally
+from qcompile.finish import peak_rss
+from qcompile.graph import io
+from qcompile.graph.edit import graphs
+from qcompile.opened import Opened
+from qcompile.progress import Progress
+from qcompile.report import GOOD, INACCURATE, NOT_FASTER, Result, write_report
+from qcompile.run.session import Feed, Options, Session, version
+from qcompile.step import run_pass
+from qcompile.verify.compare import Comparison
+from qcompile.verify.kernels import optimized
+from qcompile.verify.latency import race, typical_feeds
+from qcompile.version import __version__
+
+_SAMPLES = 64  # calibration feeds that choose codes
+_JUDGES = 8  # held-out feeds that judge them
+_COMPARED = 4  # held-out feeds that the whole model is compared on: logits are large
+_SUFFIX = re.compile(r"_token_\d+$")
+_KERNELS = ("MatMulNBits", "GatherBlockQuantized")
+_FLOAT = (
+    "MatMul",
+    "FusedMatMul",
+    "Gemm",
+    "FusedGemm",
+    "Conv",
+    "FusedConv",
+    "LSTM",
+    "GRU",
+    "Attention",
+)
+
+
+def compile_weights(
+    opened: Opened, place: Path | None, report: str | Path | None, start: float, show: Progress
+) -> Result:
+    """The model with weights of `recipe.bits`, verified, written and described.
+
+    Raises:
+        ModelError: ORT refuses the result, or a weight holds NaN.
+        RecipeError: a pattern matches nothing.
+        OutputError: the result cannot be written.
+    """
+    assignment = assign(opened.prepared, opened.recipe, opened.original)
+    found = _solve(opened, assignment, show)
+    model = opened.prepared.clone()
+    weights = {name: blocked for name, (blocked, _) in found.items()}
+    outcome = run_pass(LowerNbits(weights, accuracy_level=opened.recipe.accuracy_level), model)
+    with show.stage("verifying"):
+        session = Session(model, Options("all", threads=opened.recipe.threads))
+        reference = opened.reference()
+        deployed = reference.compare(session, _COMPARED)
+        exact = reference.compare(Session(model, Options("off", threads=opened.recipe.threads)), 1)
+        verdicts = _verdicts(model, weights, opened)
+        feeds = _race(opened, session)
+    _describe(model, opened)
+    if place is not None:
+        with show.stage("writing"):
+            io.save(model, place)
+    left = [(item.name, item.node.op_type, why) for item, why in assignment.left]
+    left += [(name, "MatMul", why) for name, why in outcome.skipped.items() if name in weights]
+    result = _result(
+        opened, place, (deployed, exact), verdicts, feeds, left, found, assignment, start
+    )
+    if report is not None:
+        write_report(Path(report), result)
+    return result
+
+
+def _solve(opened: Opened, assignment: Assignment, show: Progress) -> Found:
+    """Codes of all matrices: by what they compute where there is data, else by themselves."""
+    chosen, recipe = assignment.chosen, opened.recipe
+    with show.stage("solving weights", len(chosen)) as step:
+        samples = opened.samples
+        if samples is None:
+            return solve_plain(chosen, recipe.algorithm, lambda: step(1, None))
+        held = [feed for feed, _ in zip(samples.held_out(), range(_JUDGES), strict=False)]
+        return solve_in_order(
+            opened.prepared, chosen, samples.few(_SAMPLES), held, opened.facts, recipe,
+            lambda: step(1, None),
+        )  # fmt: skip
+
+
+def _verdicts(
+    model: ir.Model, weights: Mapping[str, Any], opened: Opened
+) -> tuple[list[dict[str, str]], Counter[str]]:
+    """What the optimized graph runs for each matrix, and its operators."""
+    graph = optimized(model, Options("all", threads=opened.recipe.threads))
+    kernels: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for scope in graphs(graph):
+        for node in scope:
+            counts[node.op_type] += 1
+            name = _SUFFIX.sub("", node.name or "")
+            if node.op_type in _KERNELS or name not in kernels:
+                kernels[name] = node.op_type
+    rows = []
+    for name in weights:
+        kernel = kernels.get(name, "")
+        good = kernel in _KERNELS
+        rows.append(
+            {"node": name, "op": kernel, "form": "weight", "verdict": "integer" if good else "float",
+             "kernel": kernel, "why": "" if good else "no kernel for weights of a few bits runs it"}
+        )  # fmt: skip
+    return rows, counts
+
+
+def _race(opened: Opened, session: Session) -> list[dict[str, Any]]:
+    feeds: Sequence[Feed] = [opened.feed]
+    if opened.samples is not None:
+        feeds = [feed for feed, _ in zip(opened.samples.held_out(), range(_JUDGES), strict=False)]
+    rows = []
+    chosen = typical_feeds(feeds)
+    for name, feed in chosen:
+        timing = race(
+            {"fp32": opened.session, "result": session}, feed, seconds=opened.recipe.bench_seconds / len(chosen)
+        )  # fmt: skip
+        rows.append({"feed": name, "fp32_ms": timing.ms["fp32"], "result_ms": timing.ms["result"],
+                     "speedup": timing.speedup["result"], "rounds": timing.rounds})  # fmt: skip
+    return rows
+
+
+def _describe(model: ir.Model, opened: Opened) -> None:
+    recipe = opened.recipe
+    model.producer_name, model.producer_version = "qcompile", __version__
+    model.metadata_props.update(
+        {
+            "qcompile.version": __version__, "qcompile.onnxruntime": version(),
+            "qcompile.target": opened.target.name, "qcompile.recipe": recipe.name,
+            "qcompile.bits": str(recipe.bits), "qcompile.block": str(recipe.block),
+            "qcompile.accuracy_level": str(recipe.accuracy_level),
+        }
+    )  # fmt: skip
+
+
+def _result(
+    opened: Opened, place: Path | None, compared: tuple[Comparison, Comparison],
+    verdicts: tuple[list[dict[str, str]], Counter[str]], feeds: list[dict[str, Any]],
+    left: Sequence[tuple[str, str, str]], found: Found, assignment: Assignment, start: float,
+) -> Result:  # fmt: skip
+    deployed, exact = compared
+    rows, counts = verdicts
+    recipe = opened.recipe
+    worst = min(feeds, key=lambda row: row["speedup"])
+    missed = [row for row in rows if row["verdict"] != "integer"]
+    warnings = [*deployed.problems(), *deployed.remarks()]
+    warnings += [
+        f"{row['node']} runs as {row['kernel'] or 'nothing'}: {row['why']}." for row in missed[:5]
+    ]
+    if opened.samples is None:
+        warnings.append(
+            "No calibration data: weights were rounded by themselves, and errors and latency were measured on "
+            "stand-in inputs; give samples with --data."
+        )
+    code, reason = GOOD, ""
+    if deployed.problems():
+        code = INACCURATE
+    elif not found:
+        code, reason = (
+            NOT_FASTER,
+            "nothing was quantized: "
+            + (left[0][2] if left else "the model has no product with constant weights")
+            + ".",
+        )
+    elif worst["speedup"] < 1.0:
+        code, reason = (
+            NOT_FASTER,
+            f"the result is smaller, but not faster than the float model: {worst['speedup']:.2f}x at {worst['feed']}.",
+        )
+    if reason:
+        warnings.insert(0, reason)
+    schemes = {item.name: str(scheme) for item, scheme in assignment.chosen}
+    size = (
+        io.file_bytes(opened.path) if opened.path is not None else io.weight_bytes(opened.original)
+    )
+    return Result(
+        model=None if opened.path is None else str(opened.path), output=None if place is None else str(place),
+        target=opened.target.name, recipe=recipe.name, format="nbits", ranges="none",
+        seconds=time.perf_counter() - start, peak_rss_mb=peak_rss(),
+        size_mb={"before": size / 1e6, "after": io.file_bytes(place) / 1e6 if place else 0.0},
+        latency={"fp32_ms": worst["fp32_ms"], "result_ms": worst["result_ms"], "speedup": worst["speedup"], "feeds": feeds},
+        outputs=[{"name": name, "slices": [e.to_dict() for e in errors], "exact": [e.to_dict() for e in exact.outputs[name]]}
+                 for name, errors in deployed.outputs.items()],
+        kernels={"integer": sum(counts[op] for op in _KERNELS), "float": sum(counts[op] for op in _FLOAT),
+                 "leftover_qdq": counts["QuantizeLinear"] + counts["DequantizeLinear"],
+                 "operators": dict(counts.most_common()), "nodes": rows},
+        kept_float=[{"node": name, "op": op, "why": why} for name, op, why in left],
+        samples={"calibration": opened.samples.calibration_count if opened.samples else 0,
+                 "held_out": opened.samples.held_out_count if opened.samples else 0},
+        warnings=warnings, notes=[*opened.notes, *_notes(found, recipe.accuracy_level, opened)],
+        next_command=f"qcompile verify {opened.path or 'MODEL.onnx'} {place or 'RESULT.onnx'} --data SAMPLES",
+        exit_code=code, plan=[
+            {"node": name, "op": "", "form": "weight", "weight": schemes[name], "why": one.algorithm}
+            for name, (_, one) in found.items()
+        ],
+    )  # fmt: skip
+
+
+def _notes(found: Found, level: int, opened: Opened) -> list[str]:
+    if not found:
+        return []
+    counts = ", ".join(f"{name} {n}" for name, n in tally(found.values()).items())
+    # matrices without error to begin with say nothing
+    ratios = [one.error / one.rtn for _, one in found.values() if one.rtn > 0]
+    where = "on held-out samples" if opened.samples is not None else "of the weights"
+    mean = sum(ratios) / max(len(ratios), 1)
+    return [
+        f"{len(found)} matrices ({counts}): {mean:.2f} of the error that rounding to nearest leaves, {where}; none is worse.",
+        f"MatMulNBits runs at accuracy_level {level}: "
+        + (
+            "activations are rounded to 8 bits by blocks."
+            if level == 4
+            else "activations stay float."
+        ),
+    ]

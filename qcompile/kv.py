@@ -13,7 +13,7 @@ from passes.quantize_kv_cache import QuantizeKvCache
 from qcompile.decode import no_cache
 from qcompile.errors import DataError, ModelError, RecipeError, nearest
 from qcompile.graph.kv_cache import TOKENS_AXIS, Cache, find_caches
-from qcompile.quant.cache import KINDS, CacheParams, Kind, choose_cache
+from qcompile.quant.cache import KINDS, CacheParams, Kind, choose_cache, turned
 from qcompile.run.session import Feed, Options, Session
 from qcompile.step import run_pass
 
@@ -65,7 +65,12 @@ class KvReport:
 
 
 def quantize_kv_cache(
-    model: ir.Model, feeds: Iterable[Feed], *, kind: Kind = "int8", threads: int = 0
+    model: ir.Model,
+    feeds: Iterable[Feed],
+    *,
+    kind: Kind = "int8",
+    key_kind: Kind | None = None,
+    threads: int = 0,
 ) -> tuple[ir.Model, KvReport]:
     """A copy of the model whose caches are integers, and what was done.
 
@@ -74,6 +79,7 @@ def quantize_kv_cache(
         feeds: calibration samples; caches in them may be empty. Texts as long as those that will be decoded
             are best, since what lies outside of the ranges seen saturates.
         kind: int8, uint8, or int4, two in a byte.
+        key_kind: another kind for keys.
         threads: of ORT.
 
     Raises:
@@ -89,10 +95,14 @@ def quantize_kv_cache(
     caches = [cache for cache in caches if cache.past.dtype is ir.DataType.FLOAT]
     if not caches:
         raise ModelError(f"--kv-cache {kind}: {no_cache(reasons)}.")
-    ranges, tokens = _observe(model, caches, feeds, threads, sampled=kind == "int4")
+    ranges, tokens = _observe(model, caches, feeds, threads, sampled="int4" in (kind, key_kind))
     params = {
         cache.name: choose_cache(
-            seen.lo, seen.hi, kind, seen=seen.values, centred=cache.form == "concat"
+            seen.lo,
+            seen.hi,
+            (key_kind or kind) if cache.is_key else kind,
+            seen=seen.values,
+            centred=cache.form == "concat" and not cache.is_key,
         )
         for cache, seen in zip(caches, ranges, strict=True)
     }
@@ -115,18 +125,24 @@ def _report(
 
 
 class _Seen:
-    """Range of each head and channel of one cache, and the values of the first tokens if they are kept."""
+    """Range of each head and channel of one cache, of keys at any position, and the values of the first tokens if they are kept."""
 
-    def __init__(self, name: str, room: int) -> None:
+    def __init__(self, name: str, room: int, *, turns: bool) -> None:
         self.lo: F32 = np.zeros(0, np.float32)
         self.hi: F32 = np.zeros(0, np.float32)
-        self._name, self._room, self._kept = name, room, [np.zeros(0, np.float32)][:0]
+        self._name, self._room, self._turns = name, room, turns
+        self._kept: list[F32] = []
 
     def add(self, new: npt.NDArray[Any], where: str) -> None:
         """New tokens (batch, heads, tokens, width)."""
         if not new.size:
             return
-        lo, hi = new.min(axis=(0, TOKENS_AXIS)), new.max(axis=(0, TOKENS_AXIS))
+        axes = (0, TOKENS_AXIS)
+        if self._turns:
+            hi = turned(new).max(axis=axes)
+            lo = -hi
+        else:
+            lo, hi = new.min(axis=axes), new.max(axis=axes)
         if not (np.isfinite(lo).all() and np.isfinite(hi).all()):
             raise DataError(
                 f"{where} makes NaN or infinity in the cache {self._name!r}: the float model itself fails "
@@ -154,7 +170,8 @@ def _observe(
     """What the samples put into the caches, by cache, and how many tokens that was."""
     session = Session(model, Options("all", threads=threads, pattern=False))
     names = [cache.present.name or "" for cache in caches]
-    seen = [_Seen(name, MEMORY // len(caches) if sampled else 0) for name in names]
+    room = MEMORY // len(caches) if sampled else 0
+    seen = [_Seen(cache.present.name or "", room, turns=cache.is_key) for cache in caches]
     tokens = 0
     for number, feed in enumerate(feeds, 1):
         presents = session.run(feed, names)

@@ -19,7 +19,22 @@ from qcompile.graph.edit import attribute, is_op
 RANK = 4
 TOKENS_AXIS = 2
 GQA = "GroupQueryAttention"
-_GQA_PAST = {3: 1, 4: 2}  # input of a past to the output of its present
+_KEY_PAST = 3
+_STEPS = 8  # operators that a question about what reads a cache goes forward
+_LAYOUT = (
+    "Cast",
+    "Expand",
+    "Identity",
+    "Reshape",
+    "Transpose",
+    "Unsqueeze",
+    "Squeeze",
+    "Mul",
+    "Div",
+    "DequantizeLinear",
+)
+_SCORES = ("Add", "Cast", "Div", "Identity", "Mul", "Tanh", "Where", "Max", "Min", "Clip")
+_GQA_PAST = {_KEY_PAST: 1, 4: 2}  # input of a past to the output of its present
 _KEEPS_FLOAT = ("Attention", "MultiHeadAttention", "DecoderMaskedMultiHeadAttention")
 
 
@@ -40,6 +55,14 @@ class Cache:
     node: ir.Node
     form: Literal["concat", "gqa"]
     new: ir.Value | None = None
+
+    @property
+    def is_key(self) -> bool:
+        """Whether it may hold keys: products with it go into a Softmax, or nobody can tell."""
+        if self.form == "gqa":
+            return self.past is self.node.inputs[_KEY_PAST]
+        product = _product(self.present, _STEPS)
+        return product is None or _reaches_softmax(product, _STEPS)
 
     @property
     def name(self) -> str:
@@ -124,3 +147,23 @@ def _fixed(value: ir.Value, axis: int) -> int | None:
         return None
     dim = value.shape[axis]
     return dim if isinstance(dim, int) else None
+
+
+def _product(value: ir.Value, steps: int) -> ir.Node | None:
+    """The MatMul that reads a value, past operators that move it about."""
+    for use in value.uses() if steps else ():
+        if is_op(use.node, "MatMul", "Einsum"):
+            return use.node
+        if is_op(use.node, *_LAYOUT):
+            found = _product(use.node.outputs[0], steps - 1)
+            if found is not None:
+                return found
+    return None
+
+
+def _reaches_softmax(node: ir.Node, steps: int) -> bool:
+    return steps > 0 and any(
+        is_op(use.node, "Softmax")
+        or (is_op(use.node, *_SCORES) and _reaches_softmax(use.node, steps - 1))
+        for use in node.outputs[0].uses()
+    )

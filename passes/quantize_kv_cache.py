@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.graph.edit import Names, add_initializer, add_node, attribute, is_op
+from qcompile.graph.edit import Names, add_initializer, add_node, attribute, is_op, replace
 from qcompile.graph.kv_cache import GQA, RANK, Cache, find_caches
 from qcompile.step import Outcome, Pass
 
@@ -226,10 +226,9 @@ def _double_width(node: ir.Node, names: Names) -> None:
     factors = np.array([1, 1, 1, 2], np.int64)[start:end]
     home, told = node.graph, node.outputs[0]
     assert isinstance(home, ir.Graph)
-    readers = [(use.node, use.idx) for use in told.uses()]
     factor = add_initializer(home, names, f"{told.name}_factors", factors)
     real = add_node(
         names, "Mul", [told, factor], after=node, name=f"{node.name}_float", output=f"{told.name}_float"
     )  # fmt: skip
-    for reader, index in readers:
-        reader.replace_input_with(index, real.outputs[0])
+    replace(told, real.outputs[0])
+    real.replace_input_with(0, told)

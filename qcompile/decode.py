@@ -39,8 +39,9 @@ class Decoder:
         Raises:
             ModelError: there is no cache, an input that cannot be filled, or ORT refuses the model.
         """
-        graph = io.load(model).graph if not isinstance(model, ir.Model) else model.graph
-        caches, reasons = find_caches(model if isinstance(model, ir.Model) else io.load(model))
+        opened = model if isinstance(model, ir.Model) else io.load(model)
+        graph = opened.graph
+        caches, reasons = find_caches(opened)
         if not caches or reasons:
             raise ModelError(f"the model cannot be decoded with a cache: {no_cache(reasons)}.")
         self._caches = caches
@@ -130,7 +131,7 @@ class Comparison:
     Attributes:
         tokens: how many were decoded greedily.
         differs: the first token, from 1, that is another one; None: all are the same.
-        surprise: mean negative log-likelihood of the texts, of the reference and of the other.
+        surprise: mean negative log-likelihood of the texts, of the reference and of the other; NaN without texts.
     """
 
     tokens: int
@@ -149,11 +150,11 @@ class Comparison:
 
     def __str__(self) -> str:
         same = "the same" if self.differs is None else f"another from token {self.differs} on"
+        text = f"greedy decoding of {self.tokens} tokens is {same}"
+        if math.isnan(self.change):
+            return text
         before, after = self.perplexity
-        return (
-            f"greedy decoding of {self.tokens} tokens is {same}; perplexity {before:.3f} -> {after:.3f} "
-            f"({100 * self.change:+.2f} %)"
-        )
+        return f"{text}; perplexity {before:.3f} -> {after:.3f} ({100 * self.change:+.2f} %)"
 
 
 def compare(
@@ -163,19 +164,18 @@ def compare(
     """How `other` differs in greedy decoding after `prompt`, and in perplexity over `texts`.
 
     Raises:
-        DataError: a text is too short, or there is none.
+        DataError: a text is too short.
     """
-    if not texts:
-        raise DataError("there is no text to take the perplexity of: give at least one.")
     ours, theirs = other.greedy(prompt, tokens), reference.greedy(prompt, tokens)
     differs = next(
         (i for i, (a, b) in enumerate(zip(ours, theirs, strict=True), 1) if a != b), None
     )
-    means = [
-        float(np.mean([decoder.surprise(ids, first=first, piece=piece) for ids in texts]))
+    surprises = [
+        [decoder.surprise(ids, first=first, piece=piece) for ids in texts]
         for decoder in (reference, other)
     ]
-    return Comparison(tokens, differs, (means[0], means[1]))
+    before, after = (float(np.mean(found)) if found else math.nan for found in surprises)
+    return Comparison(tokens, differs, (before, after))
 
 
 def no_cache(reasons: dict[str, str]) -> str:

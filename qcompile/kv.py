@@ -92,7 +92,10 @@ def quantize_kv_cache(
             f"--kv-cache {kind} is unknown: give one of {', '.join(KINDS)}.{nearest(kind, KINDS)}"
         )
     caches, reasons = find_caches(model)
-    caches = [cache for cache in caches if cache.past.dtype is ir.DataType.FLOAT]
+    for cache in caches:
+        if cache.past.dtype is not ir.DataType.FLOAT:
+            reasons[cache.name] = f"it holds {cache.past.dtype}, not float32"
+    caches = [cache for cache in caches if cache.name not in reasons]
     if not caches:
         raise ModelError(f"--kv-cache {kind}: {no_cache(reasons)}.")
     ranges, tokens = _observe(model, caches, feeds, threads, sampled="int4" in (kind, key_kind))

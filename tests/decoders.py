@@ -37,7 +37,7 @@ def decoder(seed: int = 0) -> ir.Model:
         return f"float[{','.join(map(str, shape))}] {name} = {{{numbers}}}"
 
     size = HEADS * WIDTH
-    weights = [constant("table", VOCABULARY, size), constant("wo", size, VOCABULARY, scale=2)]
+    weights = [constant("table", VOCABULARY, size), constant("wo", size, VOCABULARY, scale=0.4)]
     weights += [constant(name, size, size, scale=0.6) for name in ("wq", "wk", "wv")]
     heads = "".join(
         f"p{x} = MatMul(e, w{x}) r{x} = Reshape(p{x}, split) {x} = Transpose<perm = [0, 2, 1, 3]>(r{x}) "

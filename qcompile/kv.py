@@ -33,7 +33,8 @@ class KvReport:
     """What became of the caches.
 
     Attributes:
-        kind: of their codes.
+        kind: of their codes, as it was asked for.
+        keys: of the codes of keys.
         changed: names of the inputs that are integers now.
         skipped: names of those that are not, and why.
         token_bytes: of one token in all caches, before and after.
@@ -42,6 +43,7 @@ class KvReport:
     """
 
     kind: Kind
+    keys: Kind
     changed: tuple[str, ...]
     skipped: Mapping[str, str]
     token_bytes: tuple[int, int]
@@ -55,8 +57,9 @@ class KvReport:
 
     def __str__(self) -> str:
         before, after = self.token_bytes
+        keys = "" if self.keys == self.kind else f" (keys {self.keys})"
         text = (
-            f"{len(self.changed)} caches as {self.kind}: {before} -> {after} bytes a token ({self.ratio:.3f}x), "
+            f"{len(self.changed)} caches as {self.kind}{keys}: {before} -> {after} bytes a token ({self.ratio:.3f}x), "
             f"{self.scale_bytes} bytes of scales, from {self.tokens} tokens"
         )
         for name, reason in self.skipped.items():
@@ -79,7 +82,8 @@ def quantize_kv_cache(
         feeds: calibration samples; caches in them may be empty. Texts as long as those that will be decoded
             are best, since what lies outside of the ranges seen saturates.
         kind: int8, uint8, or int4, two in a byte.
-        key_kind: another kind for keys.
+        key_kind: of keys; None: as `kind`, but int8 beside int4 values, unless GroupQueryAttention stores both
+            alike. SmolLM2 loses 0.1 % of perplexity or less with int8 keys, and 15 % with int4 ones.
         threads: of ORT.
 
     Raises:
@@ -100,13 +104,7 @@ def quantize_kv_cache(
         raise ModelError(f"--kv-cache {kind}: {no_cache(reasons)}.")
     ranges, tokens = _observe(model, caches, feeds, threads, sampled="int4" in (kind, key_kind))
     params = {
-        cache.name: choose_cache(
-            seen.lo,
-            seen.hi,
-            (key_kind or kind) if cache.is_key else kind,
-            seen=seen.values,
-            centred=cache.form == "concat" and not cache.is_key,
-        )
+        cache.name: _params(cache, seen, kind, key_kind)
         for cache, seen in zip(caches, ranges, strict=True)
     }
     made = model.clone()
@@ -114,6 +112,14 @@ def quantize_kv_cache(
     if not outcome.changed:
         raise ModelError(f"--kv-cache {kind}: {no_cache(outcome.skipped)}.")
     return made, _report(kind, outcome.changed, outcome.skipped, params, tokens)
+
+
+def _params(cache: Cache, seen: _Seen, kind: Kind, key_kind: Kind | None) -> CacheParams:
+    if not cache.is_key:
+        return choose_cache(seen.lo, seen.hi, kind, centred=cache.form == "concat")
+    if key_kind is None:
+        key_kind = "int8" if kind == "int4" and cache.form == "concat" else kind
+    return choose_cache(seen.lo, seen.hi, key_kind, seen=seen.values)
 
 
 def _report(
@@ -124,7 +130,8 @@ def _report(
     before = sum(4 * int(p.scale.size) for p in used)
     after = sum(int(p.scale.shape[0]) * p.stored_width for p in used)
     scales = sum(p.scale.nbytes + (0 if p.offset is None else p.offset.nbytes) for p in used)
-    return KvReport(kind, tuple(changed), dict(skipped), (before, after), scales, tokens)
+    keys = next((params[name].kind for name in changed if params[name].kind != kind), kind)
+    return KvReport(kind, keys, tuple(changed), dict(skipped), (before, after), scales, tokens)
 
 
 class _Seen:

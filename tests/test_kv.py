@@ -61,7 +61,7 @@ def test_tokens_of_the_past_are_not_counted_again() -> None:
     np.testing.assert_array_less(0, scale(made, "present_v_scale"))
 
 
-@pytest.mark.parametrize(("kind", "ratio"), [("int8", 1 / 4), ("uint8", 1 / 4), ("int4", 1 / 8)])
+@pytest.mark.parametrize(("kind", "ratio"), [("int8", 1 / 4), ("uint8", 1 / 4), ("int4", 3 / 16)])
 def test_perplexity_stays_close(kind: Any, ratio: float) -> None:
     made, report = quantize_kv_cache(decoder(), FEEDS, kind=kind)
     assert report.ratio == ratio
@@ -72,14 +72,23 @@ def test_perplexity_stays_close(kind: Any, ratio: float) -> None:
     assert abs(found.change) < (0.3 if kind == "int4" else 0.01), found
 
 
-def test_keys_may_be_of_another_kind() -> None:
-    made, report = quantize_kv_cache(decoder(), FEEDS, kind="int4", key_kind="int8")
+def test_keys_beside_int4_values_are_int8() -> None:
+    made, report = quantize_kv_cache(decoder(), FEEDS, kind="int4")
     assert {v.name: v.dtype for v in made.graph.inputs if "past" in str(v.name)} == {
         "past_k": ir.DataType.INT8, "past_v": ir.DataType.UINT8,
     }  # fmt: skip
-    assert report.ratio == pytest.approx(3 / 16)
+    assert "2 caches as int4 (keys int8): 64 -> 12 bytes a token" in str(report)
     assert "present_v_offset" in made.graph.initializers
     assert "present_k_offset" not in made.graph.initializers
+
+
+def test_keys_may_be_int4_too() -> None:
+    made, report = quantize_kv_cache(decoder(), FEEDS, kind="int4", key_kind="int4")
+    assert report.ratio == 1 / 8
+    peaks = np.max([turned(keys(ids)).max(axis=(0, 2)) for ids in TEXTS], axis=0)
+    scales = scale(made, "present_k_scale")[0, :, 0]
+    assert np.all(scales <= peaks / 7 * 1.0001)
+    assert np.any(scales < peaks / 7 * 0.9)  # clipped
 
 
 def test_group_query_attention_has_no_offsets() -> None:

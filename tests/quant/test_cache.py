@@ -69,13 +69,15 @@ def test_codes_are_those_of_the_loop(
 
 @given(VALUES, st.sampled_from(KINDS), st.booleans(), st.sampled_from(Packing))
 @settings(deadline=None)
-def test_values_in_the_range_are_half_a_scale_off_at_most(
+def test_values_in_the_range_are_half_a_scale_off(
     x: np.ndarray[Any, Any], kind: Kind, centred: bool, packing: Packing
 ) -> None:
     params = fitted(x, kind, centred=centred)
     gap = np.abs(decode(encode(x, params, packing), params, packing).astype(np.float64) - x)
     peak = np.abs(x).max(axis=1)
-    assert np.all(gap.max(axis=1) <= params.scale * 0.5 + 1e-6 * peak + 1e-30)
+    # an offset of whole scales moves the ends of the range by up to half a scale
+    most = 1.0 if kind == "int4" and centred else 0.5
+    assert np.all(gap.max(axis=1) <= params.scale * most + 1e-6 * peak + 1e-30)
 
 
 @given(VALUES, st.sampled_from(KINDS))
@@ -86,11 +88,11 @@ def test_decoded_values_have_the_same_codes_again(x: np.ndarray[Any, Any], kind:
     np.testing.assert_array_equal(encode(decode(codes, params), params), codes)
 
 
-@given(VALUES, st.booleans())
+@given(VALUES)
 @settings(deadline=None)
-def test_clipping_int4_never_adds_error(x: np.ndarray[Any, Any], centred: bool) -> None:
-    plain = fitted(x, "int4", centred=centred)
-    clipped = choose_cache(x.min(axis=1), x.max(axis=1), "int4", seen=x, centred=centred)
+def test_clipping_int4_never_adds_error(x: np.ndarray[Any, Any]) -> None:
+    plain = fitted(x, "int4")
+    clipped = choose_cache(x.min(axis=1), x.max(axis=1), "int4", seen=x)
 
     def error(params: CacheParams) -> np.ndarray[Any, Any]:
         gap = decode(encode(x, params), params).astype(np.float64) - x
@@ -108,11 +110,18 @@ def test_clipping_pays_where_one_value_stands_out() -> None:
 
 
 def test_an_offset_serves_a_channel_on_one_side_of_zero() -> None:
-    x = np.random.default_rng(0).uniform(5, 6, (1, 50, 2)).astype(np.float32)
+    x = np.random.default_rng(0).uniform(0, 6, (1, 50, 2)).astype(np.float32)
     centred = fitted(x, "int4", centred=True)
     assert centred.offset is not None
-    assert np.all(centred.scale < fitted(x, "int4").scale / 5)
-    np.testing.assert_allclose(decode(encode(x, centred), centred), x, atol=0.04)
+    assert np.all(centred.scale < fitted(x, "int4").scale / 2)
+    np.testing.assert_allclose(decode(encode(x, centred), centred), x, atol=0.21)
+
+
+@given(VALUES)
+@settings(deadline=None)
+def test_zero_is_exact_with_an_offset(x: np.ndarray[Any, Any]) -> None:
+    params = fitted(x, "int4", centred=True)
+    np.testing.assert_array_equal(decode(encode(0 * x, params), params), np.zeros_like(x))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from qcompile import finish, search
 from qcompile.errors import DataError, RecipeError
 from qcompile.fewbits.compile import compile_weights
+from qcompile.fewbits.large import compile_large, is_large
 from qcompile.keep import unmet
 from qcompile.opened import Opened, open_model
 from qcompile.plan.make import Request
@@ -75,6 +76,13 @@ def compile_model(
         raise RecipeError(
             "plans and statistics are for 8-bit activations: leave them out with weights of few bits."
         )
+    if (
+        chosen.bits is not None
+        and place is not None
+        and isinstance(model, str | Path)
+        and is_large(model)
+    ):
+        return compile_large(Path(model), place, chosen, report, start, show, data=data is not None)
     metric = None
     if chosen.metric is not None:
         metric = load_metric(chosen.metric, lower_is_better=chosen.lower_is_better)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # Folders and top-level modules. `qcompile` is the public face; it imports the rest when names are used.
 ORDER = (
     "errors", "version", "progress", "table", "limits", "resident", "quant", "graph", "step", "targets", "run", "plan",
-    "calib", "recipe", "algo", "solve", "passes", "prepare", "build", "pieces", "timing", "verify", "figure", "report", "inputs",
+    "calib", "recipe", "algo", "solve", "passes", "prepare", "decode", "kv", "build", "pieces", "timing", "verify", "figure", "report", "inputs",
     "keep", "spot", "stream", "opened", "workshop", "accept", "faster", "tune", "predict", "improve", "budget", "referee", "frontier", "search", "finish", "fewbits", "compiler", "calibrate", "harm", "gains", "layers", "commands", "survey",
     "show", "words", "options", "cli", "__main__", "qcompile",
 )  # fmt: skip

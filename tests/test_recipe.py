@@ -70,6 +70,41 @@ def test_built_in() -> None:
     assert load_recipe(own) is own
 
 
+FEW_BITS = {"bits", "block", "symmetric", "algorithm", "accuracy_level", "bits_for"}
+
+
+def test_keys_of_weights_of_few_bits(tmp_path: Path) -> None:
+    text = """
+bits = 4
+block = 64
+symmetric = true
+algorithm = "hqq"
+accuracy_level = 0
+bits_for = ["lm_head=8", "*/down/*=8"]
+"""
+    (tmp_path / "r.toml").write_text(text)
+    assert load_recipe(tmp_path / "r.toml") == Recipe(
+        name="r", bits=4, block=64, symmetric=True, algorithm="hqq", accuracy_level=0,
+        bits_for=("lm_head=8", "*/down/*=8"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"bits": 3}, "bits is 3: kernels take weights of 2, 4 or 8 bits"),
+        ({"bits": 4, "block": 48}, "block is 48: kernels take 16, 32, 64, 128 or 256"),
+        ({"symmetric": True}, "symmetric is for weights of few bits"),
+        ({"accuracy_level": 0}, "accuracy_level is for weights of few bits"),
+        ({"bits_for": ("a=8",)}, "bits_for is for weights of few bits"),
+        ({"bits": 4, "min_sqnr": 20.0}, "are not searched for with weights of few bits"),
+    ],
+)
+def test_what_does_not_go_with_few_bits(change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(RecipeError, match=sentence):
+        Recipe(**change)
+
+
 def test_every_key(tmp_path: Path) -> None:
     recipe = loaded(tmp_path, FULL)
     assert recipe == Recipe(
@@ -88,7 +123,7 @@ def test_every_key(tmp_path: Path) -> None:
         ),
     )  # fmt: skip
     keys = {field.name for field in dataclasses.fields(Recipe)}
-    assert all(re.search(rf"^\[?{key}\b", FULL, re.MULTILINE) for key in keys - {"name"})
+    assert all(re.search(rf"^\[?{key}\b", FULL, re.MULTILINE) for key in keys - {"name", *FEW_BITS})
     assert type(recipe.sqnr_goal) is float
 
 

@@ -59,7 +59,8 @@ def cut(model: ir.Model, linears: Sequence[ir.Node], facts: Mapping[str, Fact]) 
     for end in ends:
         read = {v.name for node in nodes[first:end] for v in _inputs(node) if v is not None}
         reads = tuple(n for n, at in made.items() if at < first and n in read)
-        makes = tuple(n for n, at in made.items() if first <= at < end <= used.get(n, -1))
+        later = end < ends[-1]  # behind the last part nobody asks
+        makes = tuple(n for n, at in made.items() if later and first <= at < end <= used.get(n, -1))
         parts.append(Part(first, end, reads, makes))
         first = end
     return parts

@@ -37,16 +37,18 @@ Found = dict[str, tuple[Blocked, Tally]]
 def solve_plain(
     chosen: Sequence[Chosen], algorithm: str, tick: Callable[[], object] = lambda: None
 ) -> Found:
-    """Codes by the weights alone, by node name; readers of one matrix share them."""
+    """Codes by the weights alone, by node name; readers of one matrix share them.
+
+    Raises:
+        RecipeError: the algorithm is not known, or needs data.
+    """
     found: Found = {}
     made: dict[object, tuple[Blocked, Tally]] = {}
     for item, scheme in chosen:
         assert item.weight is not None
         key = item.weight.key
         if key not in made:
-            made[key] = _solve(
-                item, scheme, algorithm if algorithm in _DATALESS else "auto", None, None
-            )
+            made[key] = _solve(item, scheme, algorithm, None, None)
         found[item.name] = made[key]
         tick()
     return found
@@ -79,7 +81,8 @@ def solve_in_order(
             last[item.weight.key] = item.name
     deciding = [c for c in chosen if c[0].weight and last[c[0].weight.key] == c[0].name]
     tapped = [c for c in deciding if _tap(c[0], prepared)]
-    found = solve_plain([c for c in deciding if not _tap(c[0], prepared)], recipe.algorithm, tick)
+    plain = recipe.algorithm if recipe.algorithm in _DATALESS else "auto"
+    found = solve_plain([c for c in deciding if not _tap(c[0], prepared)], plain, tick)
     parts = cut(prepared, [item.node for item, _ in tapped], facts)
     place = {id(node): i for i, node in enumerate(prepared.graph)}
     run = _Runner(prepared, facts, recipe, [*samples, *held_out], len(samples))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcompile.algo.blocks import error
-from qcompile.algo.choose import PLAIN, SECOND, Factors, solve_blocks
+from qcompile.algo.choose import PLAIN, QUICK, SECOND, Factors, solve_blocks
 from qcompile.algo.rtn import rtn
 from qcompile.errors import DataError, ModelError, RecipeError
 
@@ -27,7 +27,7 @@ def test_without_data_weights_judge() -> None:
 
 def test_held_out_data_judges() -> None:
     W, H, other = weights(0, 16, 64), moment(inputs(0, 2000, 64)), moment(inputs(1, 2000, 64))
-    made, tally = solve_blocks(W, H=H, held_out_H=other, **SCHEME)
+    made, tally = solve_blocks(W, H=H, held_out_H=other, algorithm="all", **SCHEME)
     assert [name for name, _ in tally.tried] == [*PLAIN, *SECOND]
     assert tally.error == pytest.approx(error(W, made, other))
     assert tally.algorithm in SECOND
@@ -66,9 +66,17 @@ def test_one_algorithm_is_compared_with_nearest(algorithm: str) -> None:
     made, tally = solve_blocks(W, H=H, algorithm=algorithm, **SCHEME)
     assert [name for name, _ in tally.tried] == list(dict.fromkeys(["rtn", algorithm]))
     assert tally.algorithm == (algorithm if dict(tally.tried)[algorithm] < 1 else "rtn")
-    all_of_them = dict(solve_blocks(W, H=H, **SCHEME)[1].tried)
+    all_of_them = dict(solve_blocks(W, H=H, algorithm="all", **SCHEME)[1].tried)
     assert dict(tally.tried)[algorithm] == pytest.approx(all_of_them[algorithm])
     assert made.block == 16
+
+
+def test_auto_tries_few() -> None:
+    W, H = weights(0, 16, 64), moment(inputs(0, 500, 64))
+    assert [name for name, _ in solve_blocks(W, H=H, **SCHEME)[1].tried] == list(QUICK)
+    assert [name for name, _ in solve_blocks(W, **SCHEME)[1].tried] == list(PLAIN)
+    fine = {**SCHEME, "bits": 8}
+    assert [name for name, _ in solve_blocks(W, H=H, **fine)[1].tried] == ["rtn", "search"]
 
 
 def test_factors_are_made_once() -> None:

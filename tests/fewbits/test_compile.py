@@ -1,0 +1,237 @@
+"""Whole compilations to weights of few bits: right, smaller, described; and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from networks import from_text, save
+from numpy.typing import NDArray
+from workbench import weight
+
+from qcompile import compile_model
+from qcompile.algo.rtn import rtn
+from qcompile.cli import main
+from qcompile.errors import RecipeError
+from qcompile.fewbits import large
+from qcompile.fewbits.sequential import even
+from qcompile.recipe import BUILT_IN, Recipe
+from qcompile.report import GOOD, NOT_FASTER, Result
+
+Array = NDArray[Any]
+INT4 = dataclasses.replace(BUILT_IN["int4"], bench_seconds=0.05)
+
+
+def language(width: int = 64, words: int = 512, layers: int = 2) -> onnx.ModelProto:
+    """`ids` (b, s) -> a lookup, layers of two products, a head that is the table transposed -> `logits`."""
+    text, weights, x = "e = Gather(table, ids) ", {"table": weight(words, width, scale=8.0)}, "e"
+    weights |= {"one": np.ones(width, np.float32), "none": np.zeros(width, np.float32)}
+    for i in range(layers):
+        weights[f"u{i}"] = weight(width, 4 * width, seed=2 * i + 1)
+        weights[f"d{i}"] = weight(4 * width, width, seed=2 * i + 2)
+        text += (
+            f"n{i} = LayerNormalization({x}, one, none) [up{i}] a{i} = MatMul(n{i}, u{i}) r{i} = Relu(a{i}) "
+            f"[down{i}] b{i} = MatMul(r{i}, d{i}) x{i} = Add({x}, b{i}) "
+        )
+        x = f"x{i}"
+    text += f"h = LayerNormalization({x}, one, none) t = Transpose<perm = [1, 0]>(table) [head] logits = MatMul(h, t)"
+    return from_text(f"g (int64[b,s] ids) => (float[b,s,{words}] logits) {{ {text} }}", **weights)
+
+
+def texts(count: int = 30, words: int = 512) -> list[dict[str, Array]]:
+    rng = np.random.default_rng(0)
+    # few words are frequent, as in texts: inputs correlate
+    rows = (rng.pareto(1.0, size=(count, 1, 24)) * 8).astype(np.int64) % words
+    return [{"ids": row} for row in rows]
+
+
+def compiled(
+    tmp_path: Path, recipe: Recipe = INT4, data: Any = None, **more: Any
+) -> tuple[Result, onnx.ModelProto]:
+    path = save(language(), tmp_path / "model.onnx")
+    result = compile_model(path, data, recipe=recipe, **more)
+    assert result.output is not None
+    return result, onnx.load(result.output)
+
+
+def kinds(model: onnx.ModelProto) -> list[str]:
+    return [
+        node.op_type
+        for node in model.graph.node
+        if node.op_type in ("MatMul", "MatMulNBits", "GatherBlockQuantized", "Gather")
+    ]
+
+
+def bits(model: onnx.ModelProto) -> dict[str, int]:
+    return {
+        node.name: attribute.i
+        for node in model.graph.node
+        for attribute in node.attribute
+        if attribute.name == "bits"
+    }
+
+
+def test_all_matrices_and_one_payload_for_the_tied_table(tmp_path: Path) -> None:
+    result, made = compiled(tmp_path, data=texts())
+    assert result.output == str(tmp_path / "model.int4.onnx")
+    assert kinds(made) == ["GatherBlockQuantized", *["MatMulNBits"] * 5]
+    assert bits(made)["head"] == 8
+    assert [bits(made)[f"{name}{i}"] for i in (0, 1) for name in ("up", "down")] == [4] * 4
+    large_ones = [w for w in made.graph.initializer if np.prod(w.dims) >= 512 * 64]
+    assert len(large_ones) == 1  # 8-bit codes of the table; those of 4 bits have half as many bytes
+    assert result.size_mb["after"] < 0.4 * result.size_mb["before"]
+    assert all(row["verdict"] == "integer" for row in result.kernels["nodes"])
+    assert result.worst_db is not None
+    assert result.worst_db > 15
+    assert result.exit_code in (GOOD, NOT_FASTER)
+
+
+def test_data_makes_it_better_than_rounding_to_nearest(tmp_path: Path) -> None:
+    plain, _ = compiled(
+        tmp_path, dataclasses.replace(INT4, algorithm="rtn", accuracy_level=0), texts()
+    )
+    best, _ = compiled(tmp_path, dataclasses.replace(INT4, accuracy_level=0), texts())
+    assert plain.worst_db is not None
+    assert best.worst_db is not None
+    assert best.worst_db > plain.worst_db + 1
+    note = next(note for note in best.notes if "none is worse" in note)
+    assert "gptq" in note
+
+
+def test_without_data(tmp_path: Path) -> None:
+    result, made = compiled(tmp_path)
+    assert bits(made)["up0"] == 4
+    assert any(warning.startswith("No calibration data") for warning in result.warnings)
+
+
+def test_the_codes_are_those_of_rounding_to_nearest(tmp_path: Path) -> None:
+    _, made = compiled(
+        tmp_path, dataclasses.replace(INT4, algorithm="rtn", block=16, symmetric=True)
+    )
+    node = next(node for node in made.graph.node if node.name == "up0")
+    stored = {w.name: onnx.numpy_helper.to_array(w) for w in made.graph.initializer}
+    wanted = rtn(weight(64, 256, seed=1).T, bits=4, block=16, symmetric=True)
+    np.testing.assert_array_equal(stored[node.input[2]].reshape(wanted.scale.shape), wanted.scale)
+    codes = stored[node.input[1]].reshape(256, -1)
+    np.testing.assert_array_equal(codes & 15, wanted.codes[:, ::2])
+    np.testing.assert_array_equal(codes >> 4, wanted.codes[:, 1::2])
+
+
+def test_other_bits_and_float_for_some(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(INT4, bits_for=("up*=8", "head=4"), keep_float=("down1",))
+    result, made = compiled(tmp_path, recipe)
+    found = bits(made)
+    assert (found["up0"], found["up1"], found["down0"]) == (8, 8, 4)
+    assert "down1" not in found
+    # the table is read by the head and by a lookup: both get the bits of the one with more
+    assert found["head"] == 8
+    assert [(row["node"], row["op"]) for row in result.kept_float] == [("down1", "MatMul")]
+
+
+def test_int8_weights(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(BUILT_IN["int8-weights"], bench_seconds=0.05)
+    result, made = compiled(tmp_path, recipe, texts())
+    assert result.output == str(tmp_path / "model.int8.onnx")
+    assert set(bits(made).values()) == {8}
+    assert result.worst_db is not None
+    assert result.worst_db > 35
+
+
+def test_the_report(tmp_path: Path) -> None:
+    _, made = compiled(tmp_path, report=tmp_path / "report")
+    table = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert {row["weight"] for row in table["plan"]} == {
+        "uint4.axis1/32.asym",
+        "uint8.axis1/32.asym",
+    }
+    assert "MatMul" in (tmp_path / "report" / "report.md").read_text()
+    meta = {prop.key: prop.value for prop in made.metadata_props}
+    assert meta["qcompile.bits"] == "4"
+    assert meta["qcompile.recipe"] == "int4"
+
+
+def test_the_same_bytes_twice(tmp_path: Path) -> None:
+    _, first = compiled(tmp_path, data=texts())
+    _, second = compiled(tmp_path, data=texts())
+    assert first.SerializeToString() == second.SerializeToString()
+
+
+def test_a_model_without_matrices(tmp_path: Path) -> None:
+    path = save(from_text("g (float[4] x) => (float[4] y) { y = Neg(x) }"), tmp_path / "m.onnx")
+    result = compile_model(path, recipe=INT4)
+    assert result.exit_code == NOT_FASTER
+    assert "nothing was quantized" in result.warnings[0]
+
+
+def test_rows_of_any_size_count_alike() -> None:
+    rng = np.random.default_rng(1)
+    rows = rng.normal(size=(50, 8)).astype(np.float32)
+    rows[0] *= 1e4
+    made = even(rows)
+    power = np.square(made).mean(axis=1)
+    assert power.max() <= 1.0
+    assert power[0] == power.max()
+    assert power.min() > 0.3
+    np.testing.assert_allclose(even(rows * 1e-3), made, rtol=1e-4)
+    assert not even(np.zeros((3, 8), np.float32)).any()
+
+
+# ---- large models
+
+
+def test_large_models_go_from_file_to_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(large, "is_large", lambda _: True)
+    monkeypatch.setattr("qcompile.compiler.is_large", lambda _: True)
+    result, made = compiled(tmp_path, data=texts(), report=tmp_path / "report")
+    assert result.exit_code == GOOD
+    assert bits(made)["up0"] == 4
+    assert any("The data was not used" in warning for warning in result.warnings)
+    assert result.verdict().startswith("not timed")
+    assert (tmp_path / "report" / "report.md").exists()
+
+
+def test_large_models_have_no_second_moments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qcompile.compiler.is_large", lambda _: True)
+    with pytest.raises(RecipeError, match="'gptq' is not one of auto, rtn and search"):
+        compiled(tmp_path, dataclasses.replace(INT4, algorithm="gptq"))
+
+
+# ---- the command line
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save(language(), tmp_path / "model.onnx")
+    code = main([str(path), "--recipe", "int4", "--block", "64", "--bits-for", "head=8", "--quiet"])
+    out = capsys.readouterr().out
+    assert code in (0, 4)
+    assert (tmp_path / "model.int4.onnx").exists()
+    assert "matrices" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--bits", "3"], "'3' is not one of 2, 4, 8"),
+        (["--block", "64"], "block is for weights of few bits: choose the recipe int4"),
+        (["--bits", "4", "--bits-for", "head"], "write PATTERN=BITS"),
+        (["--bits", "4", "--bits-for", "nobody=8"], "matches no node"),
+        (["--bits", "4", "--algorithm", "gptq"], "needs the second moment of the input"),
+        (["--bits", "4", "--algorithm", "gtpq"], "'gtpq' is not one of"),
+        (["--bits", "4", "--max-drop", "1%"], "are not searched for with weights of few bits"),
+    ],
+)
+def test_mistakes(
+    words: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save(language(), tmp_path / "model.onnx")
+    assert main([str(path), *words, "--quiet"]) == 2
+    told = capsys.readouterr().err
+    assert sentence in told
+    assert not list(tmp_path.glob("*.int4.onnx"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -127,10 +126,10 @@ def test_folder_that_cannot_be_written(desk: Desk, monkeypatch: pytest.MonkeyPat
 
 
 def test_full_disk(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(_: Path, __: bytes) -> int:
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("qcompile.graph.wire.write", full)
     message = desk.refused("m.onnx", "--data", "d.npz")
     assert message == "m.int8.onnx could not be written: No space left on device."
 

@@ -53,7 +53,7 @@ first = next(iter(sessions.values()))
 rng = np.random.default_rng(0)
 def feed(tokens, past):
     made = {}
-    for info in first.native().get_inputs():
+    for info in first.native.get_inputs():
         shape = list(info.shape)
         if len(shape) == 4:
             shape = [1, shape[1], past, shape[3]]

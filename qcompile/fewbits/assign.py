@@ -12,7 +12,7 @@ from qcompile.graph.linear import Linear, find_linears
 from qcompile.keep import match_patterns
 from qcompile.recipe import Recipe
 
-TABLE_BITS = 8  # of embeddings and of heads that share their table, unless a pattern says otherwise
+TABLE_BITS = 8  # of heads that are the table of embeddings as well, unless a pattern says otherwise
 _LEAST = 1 << 12  # weights: a smaller matrix costs more in kernels than it saves
 
 
@@ -59,7 +59,11 @@ def assign(model: ir.Model, recipe: Recipe, original: ir.Model) -> Assignment:
     chosen: list[tuple[Linear, Scheme]] = []
     left: list[tuple[Linear, str]] = []
     items = find_linears(model)
-    tables = {item.weight.key for item in items if item.kind == "gather" and item.weight}
+    tables, heads = (
+        {item.weight.key for item in items if item.weight and (item.kind == "gather") == table}
+        for table in (True, False)
+    )
+    tied = tables & heads
     for item in items:
         reason = item.reason or keep.get(item.name)
         if reason is None and item.rarely_pays and item.name not in asked:
@@ -70,7 +74,7 @@ def assign(model: ir.Model, recipe: Recipe, original: ir.Model) -> Assignment:
             left.append((item, reason))
             continue
         assert item.weight is not None
-        usual = recipe.bits if item.weight.key not in tables else max(recipe.bits, TABLE_BITS)
+        usual = recipe.bits if item.weight.key not in tied else max(recipe.bits, TABLE_BITS)
         bits = asked.get(item.name, usual)
         chosen.append((item, Scheme(bits, recipe.block, recipe.symmetric)))
     return Assignment(tuple(_shared(chosen)), tuple(left))

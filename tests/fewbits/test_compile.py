@@ -133,6 +133,16 @@ def test_other_bits_and_float_for_some(tmp_path: Path) -> None:
     assert [(row["node"], row["op"]) for row in result.kept_float] == [("down1", "MatMul")]
 
 
+def test_a_table_that_is_no_head_has_the_bits_of_all(tmp_path: Path) -> None:
+    model = from_text(
+        "g (int64[b,s] ids) => (float[b,s,64] y) { e = Gather(table, ids) [dense] y = MatMul(e, w) }",
+        table=weight(512, 64, scale=8.0), w=weight(64, 64),
+    )  # fmt: skip
+    result = compile_model(save(model, tmp_path / "m.onnx"), recipe=INT4)
+    assert result.output is not None
+    assert set(bits(onnx.load(result.output)).values()) == {4}
+
+
 def test_int8_weights(tmp_path: Path) -> None:
     recipe = dataclasses.replace(BUILT_IN["int8-weights"], bench_seconds=0.05)
     result, made = compiled(tmp_path, recipe, texts())

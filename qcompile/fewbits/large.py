@@ -16,8 +16,12 @@ from qcompile.stream import StreamReport, StreamSettings, quantize_large
 
 
 def is_large(model: str | Path) -> bool:
-    """Whether a model's files have more bytes than one file can hold."""
-    return Path(model).is_file() and io.file_bytes(Path(model)) > io.EXTERNAL_BYTES
+    """Whether a model has more bytes of weights than one file can hold.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    return io.weight_bytes(io.load(model, mapped=True)) > io.EXTERNAL_BYTES
 
 
 def compile_large(

@@ -245,3 +245,12 @@ def test_mistakes(
     told = capsys.readouterr().err
     assert sentence in told
     assert not list(tmp_path.glob("*.int4.onnx"))
+
+
+def test_a_broken_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "b.onnx").write_bytes(b"junk")
+    assert main([str(tmp_path / "b.onnx"), "--recipe", "int4", "--quiet"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("qcompile: ")
+    assert "b.onnx" in told
+    assert len(told.splitlines()) == 1

@@ -96,7 +96,7 @@ def finish(
         del exact_session
         graph = optimized(best.model, Options("all", threads=shop.recipe.threads))
         kernels = verdicts(graph, best.model, best.plan, shop.found)
-        feeds = _latency(opened, best, shop.recipe.bench_seconds)
+        feeds = latency_rows(opened, best.session)
     complaint = io.check(best.model)
     if complaint and io.check(opened.original) is None:
         raise ModelError(
@@ -155,12 +155,13 @@ def _calibrated(opened: Opened) -> int:
     return opened.samples.calibration_count if opened.samples else 0
 
 
-def _latency(opened: Opened, best: Attempt, seconds: float) -> list[dict[str, Any]]:
-    rows = []
+def latency_rows(opened: Opened, session: Session) -> list[dict[str, Any]]:
+    """Times of the float model and a result on typical feeds, in turns: the `feeds` of `Result.latency`."""
+    rows, seconds = [], opened.recipe.bench_seconds
     feeds = typical_feeds(timing_feeds(opened))
     for name, feed in feeds:
         timing = race(
-            {"fp32": opened.session, "result": best.session}, feed, seconds=seconds / len(feeds)
+            {"fp32": opened.session, "result": session}, feed, seconds=seconds / len(feeds)
         )
         rows.append({"feed": name, "fp32_ms": timing.ms["fp32"], "result_ms": timing.ms["result"],
                      "speedup": timing.speedup["result"], "rounds": timing.rounds})  # fmt: skip

@@ -31,7 +31,8 @@ SECOND = ("gptq", "gptq-order", "gptq-polish", "gptq-firm")
 """Algorithms that need E[x x']: inputs in their order, by power, polished, and polished with stronger damping."""
 
 QUICK = ("rtn", "search", "gptq")
-"""What "auto" tries. On SmolLM2 the others made layers' errors smaller still, and perplexity no better."""
+"""What "auto" tries. On SmolLM2 polishing left perplexity as it was (27.62 for 27.60), and inputs in order of power
+made it worse (28.66), though errors of layers were smaller."""
 
 _FINE = 8  # bits, at which second moments have nothing left to save
 _FIRM = 0.05  # damping of `gptq-firm`: better where there is little data

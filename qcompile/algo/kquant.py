@@ -8,7 +8,7 @@ and keeps the best. Here, for a block with weights p_k and codes c_k relative to
     asymmetric:  scale and offset by least squares first, the zero point rint(-offset / scale), then as symmetric
 
 Departures: zero points are integers, which MatMulNBits needs; scales are no 6-bit numbers; p is E[x^2], the power of
-the input, or 1, where llama.cpp multiplies it by a function of w, which made the error that counts here larger.
+the input, or 1, as that is the error that counts here; llama.cpp multiplies it by a function of w.
 """
 
 from __future__ import annotations

@@ -14,17 +14,16 @@ import onnx_ir as ir
 from passes.lower_nbits import LowerNbits
 from qcompile.fewbits.assign import Assignment, assign
 from qcompile.fewbits.sequential import Found, solve_in_order, solve_plain, tally
-from qcompile.finish import peak_rss
+from qcompile.finish import latency_rows, peak_rss
 from qcompile.graph import io
 from qcompile.graph.edit import graphs
 from qcompile.opened import Opened
 from qcompile.progress import Progress
 from qcompile.report import GOOD, INACCURATE, NOT_FASTER, Result, write_report
-from qcompile.run.session import Feed, Options, Session, version
+from qcompile.run.session import Options, Session, version
 from qcompile.step import run_pass
 from qcompile.verify.compare import Comparison
 from qcompile.verify.kernels import optimized
-from qcompile.verify.latency import race, typical_feeds
 from qcompile.version import __version__
 
 _SAMPLES = 64  # calibration feeds that choose codes
@@ -66,7 +65,7 @@ def compile_weights(
         deployed = reference.compare(session, _COMPARED)
         exact = reference.compare(Session(model, Options("off", threads=opened.recipe.threads)), 1)
         verdicts = _verdicts(model, weights, opened)
-        feeds = _race(opened, session)
+        feeds = latency_rows(opened, session)
     _describe(model, opened)
     if place is not None:
         with show.stage("writing"):
@@ -117,21 +116,6 @@ def _verdicts(
              "kernel": kernel, "why": "" if good else "no kernel for weights of a few bits runs it"}
         )  # fmt: skip
     return rows, counts
-
-
-def _race(opened: Opened, session: Session) -> list[dict[str, Any]]:
-    feeds: Sequence[Feed] = [opened.feed]
-    if opened.samples is not None:
-        feeds = [feed for feed, _ in zip(opened.samples.held_out(), range(_JUDGES), strict=False)]
-    rows = []
-    chosen = typical_feeds(feeds)
-    for name, feed in chosen:
-        timing = race(
-            {"fp32": opened.session, "result": session}, feed, seconds=opened.recipe.bench_seconds / len(chosen)
-        )  # fmt: skip
-        rows.append({"feed": name, "fp32_ms": timing.ms["fp32"], "result_ms": timing.ms["result"],
-                     "speedup": timing.speedup["result"], "rounds": timing.rounds})  # fmt: skip
-    return rows
 
 
 def _describe(model: ir.Model, opened: Opened) -> None:

@@ -15,7 +15,7 @@ ORDER = (
     "errors", "version", "progress", "table", "limits", "resident", "quant", "graph", "step", "targets", "run", "plan",
     "calib", "recipe", "algo", "solve", "passes", "prepare", "decode", "kv", "build", "pieces", "timing", "verify", "figure", "report", "inputs",
     "keep", "spot", "stream", "opened", "workshop", "accept", "faster", "tune", "predict", "improve", "budget", "referee", "frontier", "search", "finish", "fewbits", "compiler", "calibrate", "harm", "gains", "layers", "commands", "survey",
-    "show", "words", "options", "cli", "__main__", "qcompile",
+    "show", "words", "option_groups", "options", "cli", "__main__", "qcompile",
 )  # fmt: skip
 # What only annotations need may stand above, for these alone: (importer, imported).
 UPWARD: set[tuple[str, str]] = set()

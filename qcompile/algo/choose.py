@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from qcompile.algo.blocks import Blocked, check_weights, error
 from qcompile.algo.columns import ScaleType
+from qcompile.algo.drift import Drift, aim
 from qcompile.algo.gptq import Factor, gptq, prepare
 from qcompile.algo.hqq import hqq
 from qcompile.algo.kquant import kquant
@@ -34,6 +35,7 @@ QUICK = ("rtn", "search", "gptq")
 """What "auto" tries. On SmolLM2 polishing left perplexity as it was (27.62 for 27.60), and inputs in order of power
 made it worse (28.66), though errors of layers were smaller."""
 
+_AIMED = ("search", *SECOND)
 _FINE = 8  # bits, at which second moments have nothing left to save
 _FIRM = 0.05  # damping of `gptq-firm`: better where there is little data
 
@@ -47,12 +49,14 @@ class Tally:
         error: of the result, as `blocks.error` has it for the moment that judged.
         rtn: the error of plain rounding to nearest.
         tried: each candidate and its error relative to `rtn`, in the order they were tried; 1 if both are 0.
+        share: of the way to weights that make up for errors of earlier layers, see `drift`; 0 without such.
     """
 
     algorithm: str
     error: float
     rtn: float
     tried: tuple[tuple[str, float], ...]
+    share: float = 0.0
 
 
 class Factors:
@@ -78,6 +82,7 @@ class Factors:
 def solve_blocks(
     W: Array, *, bits: int, block: int | None, symmetric: bool, algorithm: str = "auto",
     H: Array | Factors | None = None, held_out_H: Array | None = None, scales: ScaleType = "float32",
+    drift: tuple[Drift, Drift] | None = None,
 ) -> tuple[Blocked, Tally]:  # fmt: skip
     """Return the codes of least error among the candidates, and how all did; the first of equals.
 
@@ -92,6 +97,8 @@ def solve_blocks(
             `SECOND`. None: errors are those of the weights.
         held_out_H: the same of data that judges; by default `H` itself, which favours what fits it most closely.
         scales: type whose values scales are rounded to.
+        drift: how inputs of the float model differ, in the data that chooses and in that which judges. `SECOND` and "search"
+            then round weights that make up for it (`drift.aim`), and errors are those from the float layer on float inputs.
 
     Raises:
         RecipeError: no such algorithm, or it needs an `H` that is not given.
@@ -109,17 +116,21 @@ def solve_blocks(
     )  # inputs that are always 0 judge nothing
     kept: tuple[str, Blocked, float] | None = None
     errors: list[tuple[str, float]] = []
-    run = _Candidates(W, bits, block, symmetric, scales, factors, known)
+    wanted, share = W, 0.0
+    if drift is not None:
+        wanted, share = aim(W, *drift)
+    plain = _Candidates(W, bits, block, symmetric, scales, factors, known)
+    run = _Candidates(wanted, bits, block, symmetric, scales, factors, known) if share else plain
     for name in names:
-        made = run.make(name)
-        found = error(W, made, judge)
+        made = (run if name in _AIMED else plain).make(name)
+        found = error(W, made, judge) if drift is None else drift[1].error(W, made.dequantize())
         errors.append((name, found))
         if kept is None or found < kept[2]:
             kept = name, made, found
     assert kept is not None  # rtn always runs
     base = errors[0][1]
     tried = tuple((name, _ratio(found, base)) for name, found in errors)
-    return kept[1], Tally(kept[0], kept[2], base, tried)
+    return kept[1], Tally(kept[0], kept[2], base, tried, share)
 
 
 class _Candidates:

@@ -57,7 +57,7 @@ def cut(model: ir.Model, linears: Sequence[ir.Node], facts: Mapping[str, Fact]) 
     ends = sorted({i for i in best if passing[i] <= _WIDE * usual} | {marks[-1] + 1})
     parts, first = [], 0
     for end in ends:
-        read = {v.name for node in nodes[first:end] for v in _inputs(node) if v is not None}
+        read = {v.name for node in nodes[first:end] for v in read_values(node) if v is not None}
         reads = tuple(n for n, at in made.items() if at < first and n in read)
         later = end < ends[-1]  # behind the last part nobody asks
         makes = tuple(n for n, at in made.items() if later and first <= at < end <= used.get(n, -1))
@@ -97,8 +97,8 @@ def part_model(
     return clone
 
 
-def _inputs(node: ir.Node) -> list[ir.Value | None]:
-    """What a node reads, and its bodies."""
+def read_values(node: ir.Node) -> list[ir.Value | None]:
+    """What a node reads, and what its bodies read."""
     found = list(node.inputs)
     for attribute in node.attributes.values():
         if attribute.type == ir.AttributeType.GRAPH:
@@ -115,7 +115,7 @@ def _lives(nodes: Sequence[ir.Node]) -> tuple[dict[str, int], dict[str, int]]:
     made: dict[str, int] = {}
     used: dict[str, int] = {}
     for i, node in enumerate(nodes):
-        for value in _inputs(node):
+        for value in read_values(node):
             if value is not None and value.name in made:
                 used[value.name] = i
         made |= {v.name: i for v in node.outputs if v.name}

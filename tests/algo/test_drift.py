@@ -1,0 +1,113 @@
+"""Weights that make up for what quantized layers before have lost."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from block_weights import inputs, weights
+
+from qcompile.algo.choose import Factors, solve_blocks
+from qcompile.algo.drift import Drift, aim
+from qcompile.errors import DataError
+
+
+def changed(seed: int, rows: int, depth: int, loss: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs in the float model, and those of the quantized one: the same mixture, of which noise lost a part."""
+    x = inputs(seed, rows, depth).astype(np.float64)
+    mix = np.random.default_rng(99).normal(size=(depth, depth)) / np.sqrt(depth)
+    noise = np.random.default_rng(seed + 50).normal(size=x.shape) * loss * x.std()
+    return x, x + loss * x @ mix + noise
+
+
+def drift(x: np.ndarray, z: np.ndarray) -> Drift:
+    n, lost = len(x), x - z
+    return Drift(z.T @ z / n, lost.T @ z / n, lost.T @ lost / n)
+
+
+def test_the_error_is_that_of_the_rows() -> None:
+    W, V = weights(0, 8, 32), weights(1, 8, 32)
+    x, z = changed(0, 500, 32)
+    slow = np.square(x @ W.T - z @ V.T).mean()
+    assert drift(x, z).error(W, V) == pytest.approx(slow, rel=1e-6)
+
+
+def test_the_aim_is_the_least_squares_solution() -> None:
+    W = weights(0, 8, 32)
+    x, z = changed(0, 4000, 32)
+    made, share = aim(W, drift(x, z))
+    slow = np.linalg.lstsq(z, x @ W.T, rcond=None)[0].T
+    off = drift(x, z)
+    assert share == pytest.approx(1, abs=0.05)
+    # the least damping lies between
+    assert off.error(W, slow) <= off.error(W, made) < 1.03 * off.error(W, slow)
+    assert off.error(W, made) < 0.8 * off.error(W, W)
+
+
+def test_the_share_is_the_best_one_for_other_rows() -> None:
+    W = weights(0, 8, 64)
+    few, other = drift(*changed(0, 90, 64)), drift(*changed(1, 5000, 64))
+    made, share = aim(W, few, other)
+    assert 0 < share < 1
+    off = other.error(W, made)
+    assert off < 0.9 * other.error(W, W)
+    assert off < 0.9 * other.error(W, aim(W, few)[0])  # which fits few rows
+    way = (made - W) / share
+    tried = [other.error(W, W + s * way) for s in np.linspace(0, 1, 101)]
+    assert off <= min(tried) * (1 + 1e-6)
+
+
+def test_rows_that_contradict_leave_the_weights_alone() -> None:
+    W = weights(0, 8, 32)
+    x, z = changed(0, 500, 32)
+    one, other = drift(x, z), drift(z, 2 * z - x)  # what is missing in one is too much in the other
+    made, share = aim(W, one, Drift(other.H, -one.cross, other.off))
+    assert share == 0
+    np.testing.assert_array_equal(made, W)
+
+
+def test_without_drift_nothing_changes() -> None:
+    W, (x, _) = weights(0, 16, 64), changed(0, 500, 64)
+    made, share = aim(W, drift(x, x))
+    assert share == 0
+    np.testing.assert_array_equal(made, W)
+    H = x.T @ x / len(x)
+    plain = solve_blocks(W, bits=4, block=16, symmetric=False, H=H)
+    ours = solve_blocks(W, bits=4, block=16, symmetric=False, H=H, drift=(drift(x, x),) * 2)
+    np.testing.assert_array_equal(plain[0].codes, ours[0].codes)
+    assert ours[1].error == pytest.approx(plain[1].error, rel=1e-6)
+
+
+def test_codes_make_up_for_it_on_held_out_rows() -> None:
+    W = weights(0, 32, 64)
+    one, other = drift(*changed(0, 3000, 64)), drift(*changed(1, 3000, 64))
+    blind = solve_blocks(W, bits=4, block=16, symmetric=False, H=Factors(one.H), held_out_H=other.H)
+    made, tally = solve_blocks(W, bits=4, block=16, symmetric=False, H=one.H, drift=(one, other))
+    assert tally.share > 0.9
+    assert tally.error == pytest.approx(other.error(W, made.dequantize()))
+    assert tally.error < 0.6 * other.error(W, blind[0].dequantize())
+    assert tally.error <= tally.rtn
+
+
+def test_inputs_that_are_always_zero() -> None:
+    W = weights(0, 8, 32)
+    x, z = changed(0, 500, 32)
+    x[:, 3] = z[:, 3] = 0
+    made, _ = aim(W, drift(x, z))
+    assert np.isfinite(made).all()
+    np.testing.assert_array_equal(made[:, 3], W[:, 3])
+    made, share = aim(W, drift(0 * x, 0 * z))
+    assert share == 0
+
+
+def test_nan_is_refused() -> None:
+    x, z = changed(0, 100, 32)
+    z[0, 0] = np.nan
+    with pytest.raises(DataError, match="calibrate again"):
+        aim(weights(0, 8, 32), drift(x, z))
+
+
+def test_errors_need_all_moments() -> None:
+    x, z = changed(0, 100, 32)
+    whole = drift(x, z)
+    with pytest.raises(ValueError, match="second moment of x - z"):
+        Drift(whole.H, whole.cross).error(weights(0, 8, 32), weights(0, 8, 32))

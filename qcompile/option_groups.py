@@ -107,7 +107,7 @@ def add_few_bits(parser: Parser) -> None:
         "--symmetric", action="store_true", default=None, help="no zero points: smaller, less exact"
     )
     add_choice(
-        group, "--algorithm", ("auto", "all", *ALGORITHMS),
+        group, "--algorithm", ("auto", "all", *ALGORITHMS, "awq"),
         "how weights round (auto: the best of three for each matrix, on held-out data; all: of all)",
     )  # fmt: skip
     add_choice(

@@ -12,7 +12,11 @@ from typing import Any
 import onnx_ir as ir
 
 from passes.lower_nbits import LowerNbits
+from passes.smooth_linear import SmoothLinear
+from qcompile.calib.split import Judges
+from qcompile.errors import RecipeError
 from qcompile.fewbits.assign import Assignment, assign
+from qcompile.fewbits.scales import AWQ, find_scales
 from qcompile.fewbits.sequential import Found, solve_in_order, solve_plain, tally
 from qcompile.finish import latency_rows, peak_rss
 from qcompile.graph import io
@@ -20,13 +24,14 @@ from qcompile.graph.edit import graphs
 from qcompile.opened import Opened
 from qcompile.progress import Progress
 from qcompile.report import GOOD, INACCURATE, NOT_FASTER, Result, write_report
-from qcompile.run.session import Options, Session, version
+from qcompile.run.session import Feed, Options, Session, version
 from qcompile.step import run_pass
 from qcompile.verify.compare import Comparison
 from qcompile.verify.kernels import optimized
 from qcompile.version import __version__
 
 _SAMPLES = 64  # calibration feeds that choose codes
+_SCALED = 16  # calibration feeds that choose scales of inputs
 _JUDGES = 8  # held-out feeds that judge them
 _COMPARED = 4  # held-out feeds that the whole model is compared on: logits are large
 _SUFFIX = re.compile(r"_token_\d+$")
@@ -55,8 +60,12 @@ def compile_weights(
         OutputError: the result cannot be written.
     """
     assignment = assign(opened.prepared, opened.recipe, opened.original)
-    found = _solve(opened, assignment, show)
-    model = opened.prepared.clone()
+    prepared = opened.prepared
+    if opened.recipe.algorithm == AWQ:
+        prepared = _scaled(opened, assignment, show)
+        assignment = assign(prepared, opened.recipe, opened.original)
+    found = _solve(opened, prepared, assignment, show)
+    model = prepared.clone()
     weights = {name: blocked for name, (blocked, _) in found.items()}
     outcome = run_pass(LowerNbits(weights, accuracy_level=opened.recipe.accuracy_level), model)
     with show.stage("verifying"):
@@ -80,16 +89,45 @@ def compile_weights(
     return result
 
 
-def _solve(opened: Opened, assignment: Assignment, show: Progress) -> Found:
+def _scaled(opened: Opened, assignment: Assignment, show: Progress) -> ir.Model:
+    """The prepared graph with scales of inputs moved into the matrices, which computes the same in float.
+
+    Raises:
+        RecipeError: there is no data.
+    """
+    if opened.samples is None:
+        raise RecipeError(
+            "algorithm 'awq' scales weights by the inputs they meet: give calibration data with --data."
+        )
+    chosen = assignment.chosen
+    with show.stage("scaling inputs") as step:
+        found = find_scales(
+            opened.prepared, chosen, opened.samples.few(_SCALED), _judges(opened.samples), opened.facts,
+            opened.recipe, lambda: step(1, None),
+        )  # fmt: skip
+    model = opened.prepared.clone()
+    outcome = run_pass(SmoothLinear(found), model)
+    matrices = sum(len(one.nodes) for one in found.values())
+    opened.notes.append(
+        f"Inputs of {matrices - len(outcome.skipped)} of {len(chosen)} matrices are scaled, and what makes them by the inverse (AWQ); "
+        "of the others no constant before takes the scale, or held-out samples do not gain."
+    )
+    return model
+
+
+def _judges(samples: Judges) -> list[Feed]:
+    return [feed for feed, _ in zip(samples.held_out(), range(_JUDGES), strict=False)]
+
+
+def _solve(opened: Opened, prepared: ir.Model, assignment: Assignment, show: Progress) -> Found:
     """Codes of all matrices: by what they compute where there is data, else by themselves."""
     chosen, recipe = assignment.chosen, opened.recipe
     with show.stage("solving weights", len(chosen)) as step:
         samples = opened.samples
         if samples is None:
             return solve_plain(chosen, recipe.algorithm, lambda: step(1, None))
-        held = [feed for feed, _ in zip(samples.held_out(), range(_JUDGES), strict=False)]
         return solve_in_order(
-            opened.prepared, chosen, samples.few(_SAMPLES), held, opened.facts, recipe,
+            prepared, chosen, samples.few(_SAMPLES), _judges(samples), opened.facts, recipe,
             lambda: step(1, None),
         )  # fmt: skip
 

@@ -20,6 +20,7 @@ from qcompile.algo.choose import Factors, Tally, solve_blocks
 from qcompile.algo.drift import Drift
 from qcompile.fewbits.assign import Scheme
 from qcompile.fewbits.cut import Part, cut, read_values
+from qcompile.fewbits.scales import AWQ
 from qcompile.fewbits.streams import Streams
 from qcompile.graph.edit import attribute
 from qcompile.graph.linear import Linear
@@ -82,12 +83,13 @@ def solve_in_order(
     parts = cut(prepared, [item.node for item, _ in tapped], facts)
     nodes = list(prepared.graph)
     streams = Streams(prepared, facts, recipe, [*samples, *held_out], len(samples))
+    algorithm = "search" if recipe.algorithm == AWQ else recipe.algorithm
     for part in parts:
         within = nodes[part.first : part.last]
         place = {node: i for i, node in enumerate(within)}
         inside = sorted((c for c in tapped if c[0].node in place), key=lambda c: place[c[0].node])
         taps = {item.name: _tap(item, prepared) for item, _ in inside}
-        found |= _solve_part(streams, part, within, inside, recipe.algorithm, taps, tick)
+        found |= _solve_part(streams, part, within, inside, algorithm, taps, tick)
         names = [item.name for item, _ in deciding if item.node in place]
         streams.advance(part, {name: found[name][0] for name in names if name in found})
     for item, _ in chosen:

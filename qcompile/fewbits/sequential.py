@@ -82,16 +82,18 @@ def solve_in_order(
     found = solve_plain([c for c in deciding if not _tap(c[0], prepared)], plain, tick)
     parts = cut(prepared, [item.node for item, _ in tapped], facts)
     nodes = list(prepared.graph)
+    inputs = {value.name or "" for value in prepared.graph.inputs}
     streams = Streams(prepared, facts, recipe, [*samples, *held_out], len(samples))
     algorithm = "search" if recipe.algorithm == AWQ else recipe.algorithm
-    for part in parts:
+    for number, part in enumerate(parts):
         within = nodes[part.first : part.last]
         place = {node: i for i, node in enumerate(within)}
         inside = sorted((c for c in tapped if c[0].node in place), key=lambda c: place[c[0].node])
         taps = {item.name: _tap(item, prepared) for item, _ in inside}
         found |= _solve_part(streams, part, within, inside, algorithm, taps, tick)
         names = [item.name for item, _ in deciding if item.node in place]
-        streams.advance(part, {name: found[name][0] for name in names if name in found})
+        needed = {name for later in parts[number + 1 :] for name in later.reads} | inputs
+        streams.advance(part, {name: found[name][0] for name in names if name in found}, needed)
     for item, _ in chosen:
         assert item.weight is not None
         found[item.name] = found[last[item.weight.key]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import numpy as np
@@ -64,14 +65,22 @@ class Streams:
             for i, name in enumerate(names)
         }
 
-    def advance(self, part: Part, weights: Mapping[str, Blocked]) -> None:
-        """What passes on is what the part makes, with float matrices and with quantized ones."""
+    def advance(self, part: Part, weights: Mapping[str, Blocked], needed: AbstractSet[str]) -> None:
+        """What passes on is what the part makes, with float matrices and with quantized ones.
+
+        Args:
+            part: whose matrices are solved.
+            weights: their codes.
+            needed: what later parts read; the rest is forgotten.
+        """
         if not part.makes:
             return
         for states, codes in ((self._float, {}), (self._ours, weights)):
             session = self._session(part, part.makes, codes)
             for state in states:
                 state.update(zip(part.makes, session.run(state), strict=True))
+                for name in state.keys() - needed:
+                    del state[name]
 
     def _session(self, part: Part, names: Sequence[str], weights: Mapping[str, Blocked]) -> Session:
         model = part_model(self._prepared, part, names, self._facts)

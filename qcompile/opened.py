@@ -16,6 +16,7 @@ from qcompile.calib.statistics import Statistics, check_data, check_model, check
 from qcompile.graph import io
 from qcompile.graph.digest import digest
 from qcompile.graph.edit import nodes
+from qcompile.graph.kv_cache import find_caches
 from qcompile.inputs import MADE_UP, check_compilable, input_specs, running, stand_in
 from qcompile.keep import fixed_forms, match_patterns
 from qcompile.plan.make import Request
@@ -62,6 +63,9 @@ class Opened:
         keep = match_patterns(self.prepared, self.recipe.keep_float, self.original)
         self.notes.extend(keep.notes)
         why = dict(keep.why)
+        if self.recipe.kv_cache is not None:
+            stays = "--kv-cache stores what it makes"
+            why |= {cache.node.name or "": stays for cache in find_caches(self.prepared)[0]}
         if self.recipe.format == "qdq":
             no_lstm = "ONNX has no integer LSTM: use --format fused or auto"
             why |= {n.name or "": no_lstm for n in nodes(self.prepared) if n.op_type == "LSTM"}
@@ -127,7 +131,9 @@ def open_model(
                 f"{stats} was gathered with --held-out 0: samples of its own data both calibrate and judge."
             )
     with show.stage("preparing"):
-        prepared, _ = prepare(original.clone(), tied=chosen.bits is not None)
+        prepared, _ = prepare(
+            original.clone(), tied=chosen.bits is not None or chosen.keeps_weights
+        )
         feed = stand_in(specs) if samples is None else samples.first()
         with running(MADE_UP if samples is None else "the first sample of the calibration data"):
             facts = probe(prepared, feed)

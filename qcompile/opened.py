@@ -17,6 +17,7 @@ from qcompile.graph import io
 from qcompile.graph.digest import digest
 from qcompile.graph.edit import nodes
 from qcompile.graph.kv_cache import find_caches
+from qcompile.graph.skeleton import SHARED_BYTES, release
 from qcompile.inputs import MADE_UP, check_compilable, input_specs, running, stand_in
 from qcompile.keep import fixed_forms, match_patterns
 from qcompile.plan.make import Request
@@ -108,9 +109,12 @@ def open_model(
     aim = load_target(target or chosen.target)
     show = progress or Silent()
     with show.stage("loading"):
-        original = io.load(model)
+        original = io.load(model, mapped=_is_large(model))
         check_compilable(original)
-        session = Session(_source(model, original), Options("all", threads=chosen.threads))
+        release(original)
+        options = Options("all", threads=chosen.threads, shared=True)
+        title = str(model) if isinstance(model, str | Path) else "the model"
+        session = Session(_source(model, original), options, title)
         specs = input_specs(session, original)
     notes: list[str] = []
     samples: Judges | None = None
@@ -179,8 +183,16 @@ def _statistics(
     return found, found.judges() if samples is None else samples
 
 
+def _is_large(model: Any) -> bool:
+    """Whether weights stay in the file, where ORT and we read the same bytes."""
+    path = Path(model) if isinstance(model, str | Path) else None
+    return path is not None and path.is_file() and path.stat().st_size >= SHARED_BYTES
+
+
 def _source(model: Any, original: ir.Model) -> ir.Model | Path:
-    return Path(model) if isinstance(model, str | Path) else original
+    if _is_large(model) or not isinstance(model, str | Path):
+        return original
+    return Path(model)
 
 
 def _normalizes(model: ir.Model) -> bool:

@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.graph.edit import Names, add_initializer, add_node, attribute, is_op, replace
-from qcompile.graph.kv_cache import GQA, RANK, Cache, find_caches
+from qcompile.graph.kv_cache import GQA, RANK, Cache, find_caches, mark_caches
 from qcompile.step import Outcome, Pass
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from qcompile.quant.cache import CacheParams
 
 MIN_OPSET = 11  # BitShift, and Clip with bounds as inputs
+_CODES = (ir.DataType.INT8, ir.DataType.UINT8)
 _K_SCALE, _V_SCALE = 12, 13  # inputs of GroupQueryAttention
 _GQA_INPUTS = 14
 
@@ -59,19 +60,22 @@ class QuantizeKvCache(Pass):
         for cache in caches:
             if cache.node in left and cache.name not in outcome.skipped:
                 outcome.skipped[cache.name] = f"the other cache of its {GQA} stays float"
+        rows: list[tuple[Cache, str, str, str | None]] = []
         for cache in caches:
             if cache.name in outcome.skipped:
                 continue
-            if cache.form == "concat":
-                _Concat(cache, self.params[cache.name], names).rewrite()
-            else:
-                _set_gqa(cache, self.params[cache.name], names)
+            params = self.params[cache.name]
+            rewrite = _rewrite_concat if cache.form == "concat" else _set_gqa
+            rows.append((cache, params.kind, *rewrite(cache, params, names)))
             outcome.changed.append(cache.name)
+        if rows:
+            mark_caches(model, rows)
         return outcome
 
     def _refusal(self, cache: Cache, caches: Sequence[Cache], model: ir.Model) -> str | None:
         if cache.past.dtype is not ir.DataType.FLOAT:
-            return f"it holds {cache.past.dtype}, not float32"
+            done = ": it is quantized already" if cache.past.dtype in _CODES else ""
+            return f"it holds {cache.past.dtype}, not float32{done}"
         params = self.params.get(cache.name)
         if params is None:
             return "no parameters were calibrated for it"
@@ -102,8 +106,8 @@ class QuantizeKvCache(Pass):
         return None
 
 
-def _set_gqa(cache: Cache, params: CacheParams, names: Names) -> None:
-    """Attributes and scale of one of the two caches; the other's call sets its own."""
+def _set_gqa(cache: Cache, params: CacheParams, names: Names) -> tuple[str, None]:
+    """Attributes and scale of one of the two caches; the other's call sets its own. The name of the scale."""
     node, is_key = cache.node, cache.past is cache.node.inputs[3]
     home = node.graph
     assert isinstance(home, ir.Graph)
@@ -114,6 +118,14 @@ def _set_gqa(cache: Cache, params: CacheParams, names: Names) -> None:
     node.attributes.add(ir.AttrString("k_quant_type" if is_key else "v_quant_type", "PER_CHANNEL"))
     node.attributes.add(ir.AttrInt64("kv_cache_bit_width", 4 if params.kind == "int4" else 8))
     _retype(cache, params, names)
+    return scale.name or "", None
+
+
+def _rewrite_concat(cache: Cache, params: CacheParams, names: Names) -> tuple[str, str | None]:
+    """The names of the scale and of the offset."""
+    made = _Concat(cache, params, names)
+    made.rewrite()
+    return made.scale.name or "", None if made.offset is None else made.offset.name
 
 
 class _Concat:
@@ -125,11 +137,9 @@ class _Concat:
         home = cache.node.graph
         assert isinstance(home, ir.Graph)
         self._home = home
-        self._scale = self._constant(
-            "scale", params.scale[None, :, None, :]
-        )  # (1, heads, 1, width)
+        self.scale = self._constant("scale", params.scale[None, :, None, :])  # (1, heads, 1, width)
         shift = params.offset
-        self._offset = None if shift is None else self._constant("offset", shift[None, :, None, :])
+        self.offset = None if shift is None else self._constant("offset", shift[None, :, None, :])
         self._one = self._constant("one", np.float32(1))
 
     def rewrite(self) -> None:
@@ -146,9 +156,9 @@ class _Concat:
     def _quantize(self) -> ir.Value:
         assert self._cache.new is not None
         new = self._cache.new
-        if self._offset is not None:
-            new = self._before("Sub", [new, self._offset], "centred")
-        scaled = self._before("Div", [new, self._scale], "scaled")
+        if self.offset is not None:
+            new = self._before("Sub", [new, self.offset], "centred")
+        scaled = self._before("Div", [new, self.scale], "scaled")
         if self._params.kind != "int4":
             zero = self._constant("zero", np.asarray(self._params.zero, self._params.dtype))
             return self._before("QuantizeLinear", [scaled, self._one, zero], "q")
@@ -170,11 +180,11 @@ class _Concat:
             codes, last = self._unpack(codes, last)
         zero = self._constant("zero", np.asarray(self._params.zero, self._params.dtype))
         values = self._after(last, "DequantizeLinear", [codes, self._one, zero], "dq")
-        part = "float" if self._offset is None else "uncentred"
-        made = self._after(values, "Mul", [values.outputs[0], self._scale], part)
-        if self._offset is None:
+        part = "float" if self.offset is None else "uncentred"
+        made = self._after(values, "Mul", [values.outputs[0], self.scale], part)
+        if self.offset is None:
             return made.outputs[0]
-        return self._after(made, "Add", [made.outputs[0], self._offset], "float").outputs[0]
+        return self._after(made, "Add", [made.outputs[0], self.offset], "float").outputs[0]
 
     def _unpack(self, codes: ir.Value, last: ir.Node) -> tuple[ir.Value, ir.Node]:
         four = self._constant("four", np.uint8(4))

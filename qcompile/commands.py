@@ -16,6 +16,7 @@ from qcompile.errors import ModelError, RecipeError
 from qcompile.graph import io
 from qcompile.graph.edit import graphs
 from qcompile.inputs import MADE_UP, input_specs, running, stand_in
+from qcompile.kv_session import open_session, timed
 from qcompile.opened import open_model
 from qcompile.plan.make import make_plan
 from qcompile.plan.plan import Plan, load_plan
@@ -120,7 +121,7 @@ def verify_models(
     """
     model = io.load(fp32)
     float_session, session = _pair(fp32, quantized, recipe)
-    exact = Session(Path(quantized), Options("off", threads=recipe.threads))
+    exact = open_session(Path(quantized), Options("off", threads=recipe.threads))
     feeds, stood_in, feed = _feeds(model, float_session, data, recipe)
     with running(MADE_UP if stood_in else "the first sample"):
         facts = probe(model, feed)
@@ -174,7 +175,7 @@ def bench_models(
         chosen = typical_feeds(list(feeds()))
         for name, feed in chosen:
             timing = race(
-                {"fp32": float_session, "quantized": session},
+                {"fp32": float_session, "quantized": timed(session, feed)},
                 feed,
                 seconds=seconds / len(chosen),
                 most=5000,
@@ -191,7 +192,8 @@ def bench_models(
 def _pair(fp32: str, quantized: str, recipe: Recipe) -> tuple[Session, Session]:
     options = Options("all", threads=recipe.threads)
     io.load(quantized)
-    first, second = Session(Path(fp32), options), Session(Path(quantized), options)
+    first, second = Session(Path(fp32), options), open_session(Path(quantized), options)
+    _same_inputs(fp32, first, quantized, second)
     missing = {o.name for o in first.outputs} - {o.name for o in second.outputs}
     if missing:
         raise ModelError(
@@ -203,6 +205,17 @@ def _pair(fp32: str, quantized: str, recipe: Recipe) -> tuple[Session, Session]:
             f"{quantized} takes {min(more)!r}, which {fp32} does not: these are not the same model."
         )
     return first, second
+
+
+def _same_inputs(fp32: str, first: Session, quantized: str, second: Session) -> None:
+    """Raises ModelError if an input of both has two types."""
+    types = {info.name: info.dtype for info in first.inputs}
+    for info in second.inputs:
+        if types.get(info.name, info.dtype) != info.dtype:
+            raise ModelError(
+                f"input {info.name!r} is {info.dtype} in {quantized} and {types[info.name]} in {fp32}: only integer "
+                "caches that qcompile made can be compared with float ones."
+            )
 
 
 def _feeds(

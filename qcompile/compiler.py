@@ -15,6 +15,7 @@ from qcompile.errors import DataError, RecipeError
 from qcompile.fewbits.compile import compile_weights
 from qcompile.fewbits.large import compile_large, is_large
 from qcompile.keep import unmet
+from qcompile.kv import quantizable
 from qcompile.opened import Opened, open_model
 from qcompile.plan.make import Request
 from qcompile.plan.plan import Form, Plan
@@ -68,13 +69,21 @@ def compile_model(
     paths = {kind: Path(v) for kind, v in read.items() if isinstance(v, str | Path)}
     tokenizer = recipe.data.tokenizer if isinstance(recipe, Recipe) else None
     chosen = load_recipe(recipe)
-    label = f"int{chosen.bits or 8}"
+    label = f"int{chosen.bits or 8}" if not chosen.keeps_weights else f"kv-{chosen.kv_cache}"
     place = finish.output_path(model, output, {**paths, "the tokenizer": tokenizer}, label)
     if report is not None:
         check_folder(Path(report))
     if chosen.bits is not None and (plan is not None or stats is not None):
         raise RecipeError(
             "plans and statistics are for 8-bit activations: leave them out with weights of few bits."
+        )
+    if chosen.keeps_weights and (plan is not None or stats is not None):
+        raise RecipeError(
+            "plans and statistics are for 8-bit activations, and the recipe leaves all but caches float: leave them out."
+        )
+    if chosen.kv_cache is not None and data is None and stats is None:
+        raise DataError(
+            f"--kv-cache {chosen.kv_cache} takes its scales from samples: give texts with --data."
         )
     if (
         chosen.bits is not None
@@ -87,10 +96,12 @@ def compile_model(
     if chosen.metric is not None:
         metric = load_metric(chosen.metric, lower_is_better=chosen.lower_is_better)
     opened = open_model(model, data, chosen, target, show, stats=stats, force=force)
+    if chosen.kv_cache is not None:
+        quantizable(opened.prepared, chosen.kv_cache)  # or says why, before any work is done
     if metric is not None:
         with show.stage("scoring the float model"):
             metric = scored(metric, opened.session)
-    if chosen.bits is not None:
+    if chosen.bits is not None or chosen.keeps_weights:
         return compile_weights(opened, place, report, start, show)
     shop, request, draft = begin(opened, plan, show)
     shop, best, history = search.find_best(shop, request, draft, opened, metric)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from qcompile.graph.kv_cache import Cache, find_caches
 from qcompile.run.session import Options, Session
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     import numpy.typing as npt
@@ -28,13 +29,16 @@ IDS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
 class Decoder:
     """A decoder loaded for batch 1, and the cache of the tokens that it has read."""
 
-    def __init__(self, model: ir.Model | Path, *, threads: int = 0) -> None:
+    def __init__(
+        self, model: ir.Model | Path, *, threads: int = 0, session: Session | None = None
+    ) -> None:
         """The cache is empty.
 
         Args:
             model: takes `input_ids` and, if it likes, `attention_mask` and `position_ids`, int64 or int32, beside
                 its caches; its first other output holds logits (1, tokens, vocabulary).
             threads: of ORT.
+            session: of the model, if there is one already.
 
         Raises:
             ModelError: there is no cache, an input that cannot be filled, or ORT refuses the model.
@@ -52,7 +56,7 @@ class Decoder:
                 f"the model takes {', '.join(map(str, others)) or 'no ' + IDS}: a decoder takes {IDS}, {MASK}, "
                 f"{POSITIONS} and its caches."
             )
-        self._session = Session(model, Options("all", threads=threads))
+        self._session = session or Session(model, Options("all", threads=threads))
         self._types = {item.name: item.dtype for item in self._session.inputs}
         presents = [cache.present.name or "" for cache in caches]
         logits = [item.name for item in self._session.outputs if item.name not in presents]
@@ -92,11 +96,19 @@ class Decoder:
 
     def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
         """The `count` tokens that follow, each the likeliest, from an empty cache."""
+        return list(itertools.islice(self.follow(prompt), count))
+
+    def follow(self, prompt: Sequence[int]) -> Iterator[int]:
+        """The tokens that follow without end, each the likeliest, from an empty cache.
+
+        Raises:
+            ModelError: ORT cannot run the model, as where it has no more positions.
+        """
         self.reset()
-        made = [int(self.read(prompt)[-1].argmax())]
-        while len(made) < count:
-            made.append(int(self.read(made[-1:])[-1].argmax()))
-        return made
+        token = int(self.read(prompt)[-1].argmax())
+        while True:
+            yield token
+            token = int(self.read([token])[-1].argmax())
 
     def surprise(self, ids: Sequence[int], *, first: int, piece: int) -> float:
         """Mean negative log-likelihood of the tokens from `first` on, read through the cache.

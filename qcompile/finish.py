@@ -16,6 +16,8 @@ import onnx_ir as ir
 from qcompile.budget import pareto
 from qcompile.errors import ModelError, OutputError
 from qcompile.graph import io
+from qcompile.kv_apply import apply_kv_cache, with_cache
+from qcompile.kv_session import open_session, timed
 from qcompile.opened import Opened
 from qcompile.plan.candidates import Candidate
 from qcompile.plan.plan import Form, NodePlan, Plan
@@ -89,9 +91,13 @@ def finish(
     report: str | Path | None, start: float, show: Progress,
 ) -> Result:  # fmt: skip
     """The best attempt verified in full, written, and described."""
+    kv = None
+    if opened.recipe.kv_cache is not None:
+        kv = apply_kv_cache(opened, best.model, best.session, show)
+        best = dataclasses.replace(best, model=kv.model, session=kv.session)
     with show.stage("verifying"):
         deployed = shop.judge(best)
-        exact_session = Session(best.model, Options("off", threads=shop.recipe.threads))
+        exact_session = open_session(best.model, Options("off", threads=shop.recipe.threads))
         exact = shop.reference.compare(exact_session, _EXACT_SAMPLES)
         del exact_session
         graph = optimized(best.model, Options("all", threads=shop.recipe.threads))
@@ -130,6 +136,7 @@ def finish(
         exit_code=code, goal_missed=_goal_missed(shop, best, deployed), plan=[dataclasses.asdict(e) for e in best.plan.nodes],
         search=_search(history),
     )  # fmt: skip
+    result = with_cache(result, kv)
     if report is not None:
         write_report(Path(report), result, best.plan.to_json())
     return result
@@ -161,7 +168,9 @@ def latency_rows(opened: Opened, session: Session) -> list[dict[str, Any]]:
     feeds = typical_feeds(timing_feeds(opened))
     for name, feed in feeds:
         timing = race(
-            {"fp32": opened.session, "result": session}, feed, seconds=seconds / len(feeds)
+            {"fp32": opened.session, "result": timed(session, feed)},
+            feed,
+            seconds=seconds / len(feeds),
         )
         rows.append({"feed": name, "fp32_ms": timing.ms["fp32"], "result_ms": timing.ms["result"],
                      "speedup": timing.speedup["result"], "rounds": timing.rounds})  # fmt: skip

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from qcompile.calib.data import Feed, InputSpec
 from qcompile.errors import DataError, ModelError
-from qcompile.graph.edit import graphs
+from qcompile.graph.edit import attribute, graphs
 from qcompile.run.session import Session
 
 _QUANTIZED = (
@@ -69,9 +69,10 @@ def check_compilable(model: ir.Model) -> None:
     for graph in graphs(model):
         for node in graph:
             name = node.name or node.outputs[0].name
-            if node.op_type in _QUANTIZED:
+            if node.op_type in _QUANTIZED or _has_codes(node):
+                caches = " with integer caches" if _has_codes(node) else ""
                 raise ModelError(
-                    f"the model is already quantized: node {name!r} is a {node.op_type}. Give the float "
+                    f"the model is already quantized: node {name!r} is a {node.op_type}{caches}. Give the float "
                     "model that it was made from."
                 )
             if node.op_type in ("Conv", "ConvTranspose") and _is_double(node):
@@ -79,12 +80,17 @@ def check_compilable(model: ir.Model) -> None:
                     f"node {name!r} is a {node.op_type} on float64, for which ONNX Runtime has no kernel: "
                     "export the model in float32."
                 )
-            for attribute in node.attributes.values():
-                if node.op_type == "Constant" and attribute.type == ir.AttributeType.TENSOR:
-                    _check_numbers(node.outputs[0], attribute.as_tensor())
+            for attr in node.attributes.values():
+                if node.op_type == "Constant" and attr.type == ir.AttributeType.TENSOR:
+                    _check_numbers(node.outputs[0], attr.as_tensor())
         for value in graph.initializers.values():
             if value.const_value is not None:
                 _check_numbers(value, value.const_value)
+
+
+def _has_codes(node: ir.Node) -> bool:
+    """Whether a GroupQueryAttention keeps keys or values as codes."""
+    return any(attribute(node, f"{x}_quant_type", "NONE") not in ("NONE", b"NONE") for x in "kv")
 
 
 def _is_double(node: ir.Node) -> bool:

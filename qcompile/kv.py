@@ -74,6 +74,7 @@ def quantize_kv_cache(
     kind: Kind = "int8",
     key_kind: Kind | None = None,
     threads: int = 0,
+    session: Session | None = None,
 ) -> tuple[ir.Model, KvReport]:
     """A copy of the model whose caches are integers, and what was done.
 
@@ -85,33 +86,57 @@ def quantize_kv_cache(
         key_kind: of keys; None: as `kind`, but int8 beside int4 values, unless GroupQueryAttention stores both
             alike. SmolLM2 loses up to 0.6 % of perplexity with int8 keys, and 13 % with int4 ones.
         threads: of ORT.
+        session: of the model, if there is one already.
 
     Raises:
         RecipeError: there is no such kind.
         ModelError: the model has no cache that can be quantized; the message says why.
         DataError: there are no samples, or a cache is empty, NaN or infinite.
     """
-    if kind not in KINDS:
-        raise RecipeError(
-            f"--kv-cache {kind} is unknown: give one of {', '.join(KINDS)}.{nearest(kind, KINDS)}"
-        )
-    caches, reasons = find_caches(model)
-    for cache in caches:
-        if cache.past.dtype is not ir.DataType.FLOAT:
-            reasons[cache.name] = f"it holds {cache.past.dtype}, not float32"
-    caches = [cache for cache in caches if cache.name not in reasons]
-    if not caches:
-        raise ModelError(f"--kv-cache {kind}: {no_cache(reasons)}.")
-    ranges, tokens = _observe(model, caches, feeds, threads, sampled="int4" in (kind, key_kind))
+    caches, reasons = quantizable(model, kind)
+    session = session or Session(model, Options("all", threads=threads, pattern=False))
+    ranges, tokens = _observe(session, caches, feeds, sampled="int4" in (kind, key_kind))
     params = {
         cache.name: _params(cache, seen, kind, key_kind)
         for cache, seen in zip(caches, ranges, strict=True)
     }
     made = model.clone()
     outcome = run_pass(QuantizeKvCache(params), made)
+    return made, _report(kind, outcome.changed, {**reasons, **outcome.skipped}, params, tokens)
+
+
+def quantizable(model: ir.Model, kind: Kind) -> tuple[list[Cache], dict[str, str]]:
+    """The caches that can be stored so, and by name of the past input why another one cannot.
+
+    Raises:
+        RecipeError: there is no such kind.
+        ModelError: there is none; the message says why.
+    """
+    if kind not in KINDS:
+        raise RecipeError(
+            f"--kv-cache {kind} is unknown: give one of {', '.join(KINDS)}.{nearest(kind, KINDS)}"
+        )
+    caches, reasons = find_caches(model)
+    if not caches:
+        raise ModelError(f"--kv-cache {kind}: {no_cache(reasons)}.")
+    trial = {
+        cache.name: CacheParams(kind, np.ones((cache.heads, cache.width), np.float32))
+        for cache in caches
+        if cache.heads and cache.width
+    }
+    skipped = dict.fromkeys(
+        (cache.name for cache in caches), "its shape leaves heads or width open"
+    )
+    reasons |= {name: why for name, why in skipped.items() if name not in trial}
+    outcome = run_pass(QuantizeKvCache(trial), model.clone())
+    reasons |= {name: why for name, why in outcome.skipped.items() if name in trial}
     if not outcome.changed:
-        raise ModelError(f"--kv-cache {kind}: {no_cache(outcome.skipped)}.")
-    return made, _report(kind, outcome.changed, outcome.skipped, params, tokens)
+        name, reason = next((name, reasons[name]) for name in skipped)
+        more = f"; nor can {len(caches) - 1} more" if len(caches) > 1 else ""
+        raise ModelError(
+            f"--kv-cache {kind}: the cache {name!r} cannot be stored so: {reason}{more}."
+        )
+    return [cache for cache in caches if cache.name not in reasons], reasons
 
 
 def _params(cache: Cache, seen: _Seen, kind: Kind, key_kind: Kind | None) -> CacheParams:
@@ -175,10 +200,9 @@ class _Seen:
 
 
 def _observe(
-    model: ir.Model, caches: list[Cache], feeds: Iterable[Feed], threads: int, *, sampled: bool
+    session: Session, caches: list[Cache], feeds: Iterable[Feed], *, sampled: bool
 ) -> tuple[list[_Seen], int]:
     """What the samples put into the caches, by cache, and how many tokens that was."""
-    session = Session(model, Options("all", threads=threads, pattern=False))
     names = [cache.present.name or "" for cache in caches]
     room = MEMORY // len(caches) if sampled else 0
     seen = [_Seen(cache.present.name or "", room, turns=cache.is_key) for cache in caches]

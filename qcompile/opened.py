@@ -16,6 +16,8 @@ from qcompile.calib.statistics import Statistics, check_data, check_model, check
 from qcompile.graph import io
 from qcompile.graph.digest import digest
 from qcompile.graph.edit import nodes
+from qcompile.graph.kv_cache import find_caches
+from qcompile.graph.skeleton import SHARED_BYTES, release
 from qcompile.inputs import MADE_UP, check_compilable, input_specs, running, stand_in
 from qcompile.keep import fixed_forms, match_patterns
 from qcompile.plan.make import Request
@@ -62,6 +64,9 @@ class Opened:
         keep = match_patterns(self.prepared, self.recipe.keep_float, self.original)
         self.notes.extend(keep.notes)
         why = dict(keep.why)
+        if self.recipe.kv_cache is not None:
+            stays = "--kv-cache stores what it makes"
+            why |= {cache.node.name or "": stays for cache in find_caches(self.prepared)[0]}
         if self.recipe.format == "qdq":
             no_lstm = "ONNX has no integer LSTM: use --format fused or auto"
             why |= {n.name or "": no_lstm for n in nodes(self.prepared) if n.op_type == "LSTM"}
@@ -104,9 +109,12 @@ def open_model(
     aim = load_target(target or chosen.target)
     show = progress or Silent()
     with show.stage("loading"):
-        original = io.load(model)
+        original = io.load(model, mapped=_is_large(model))
         check_compilable(original)
-        session = Session(_source(model, original), Options("all", threads=chosen.threads))
+        release(original)
+        options = Options("all", threads=chosen.threads, shared=True)
+        title = str(model) if isinstance(model, str | Path) else "the model"
+        session = Session(_source(model, original), options, title)
         specs = input_specs(session, original)
     notes: list[str] = []
     samples: Judges | None = None
@@ -127,7 +135,9 @@ def open_model(
                 f"{stats} was gathered with --held-out 0: samples of its own data both calibrate and judge."
             )
     with show.stage("preparing"):
-        prepared, _ = prepare(original.clone(), tied=chosen.bits is not None)
+        prepared, _ = prepare(
+            original.clone(), tied=chosen.bits is not None or chosen.keeps_weights
+        )
         feed = stand_in(specs) if samples is None else samples.first()
         with running(MADE_UP if samples is None else "the first sample of the calibration data"):
             facts = probe(prepared, feed)
@@ -173,8 +183,16 @@ def _statistics(
     return found, found.judges() if samples is None else samples
 
 
+def _is_large(model: Any) -> bool:
+    """Whether weights stay in the file, where ORT and we read the same bytes."""
+    path = Path(model) if isinstance(model, str | Path) else None
+    return path is not None and path.is_file() and path.stat().st_size >= SHARED_BYTES
+
+
 def _source(model: Any, original: ir.Model) -> ir.Model | Path:
-    return Path(model) if isinstance(model, str | Path) else original
+    if _is_large(model) or not isinstance(model, str | Path):
+        return original
+    return Path(model)
 
 
 def _normalizes(model: ir.Model) -> bool:

@@ -20,6 +20,7 @@ from qcompile.words import (
 )  # fmt: skip
 
 # as `qcompile.algo.choose` has them, which would take a second to import
+KINDS = ("int8", "uint8", "int4")  # as `qcompile.quant.cache` has them
 ALGORITHMS = ("rtn", "search", "kquant", "hqq", "gptq", "gptq-order", "gptq-polish", "gptq-firm")
 
 
@@ -68,7 +69,7 @@ def add_choices(parser: Parser) -> None:
     group = parser.add_argument_group("what is done")
     group.add_argument(
         "--recipe", metavar="NAME|FILE",
-        help="int8 (default), int8-static, int8-dynamic, int4, int8-weights, or a .toml file with any of these options",
+        help="int8 (default), int8-static, int8-dynamic, int4, int8-weights, kv-cache, or a .toml file with any of these options",
     )  # fmt: skip
     group.add_argument(
         "--target", metavar="NAME|FILE", help="machine to compile for (auto: this one)"
@@ -117,6 +118,16 @@ def add_few_bits(parser: Parser) -> None:
     group.add_argument(
         "--bits-for", metavar="PATTERN=BITS", action="append", default=[],
         help="other bits for these nodes, as lm_head=8; may be repeated",
+    )  # fmt: skip
+
+
+def add_cache(parser: Parser) -> None:
+    """Keys and values of decoders."""
+    group = parser.add_argument_group("cache of keys and values of a decoder")
+    add_choice(
+        group, "--kv-cache", KINDS,
+        "past inputs and present outputs hold such codes, with scales from the samples, whatever the recipe;"
+        " --recipe kv-cache leaves all else float",
     )  # fmt: skip
 
 

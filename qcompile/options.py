@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcompile.option_groups import (
+    add_cache,
     add_calibration,
     add_choices,
     add_data,
@@ -26,7 +27,7 @@ _DATA = ("samples", "tokenizer", "max_tokens")
 _OWN = (
     "ranges", "target", "threads", "format", "sqnr_goal", "min_sqnr", "memory", "skip_bad", "max_drop", "metric",
     "lower_is_better", "max_size", "max_latency", "objective", "search_time", "equalize", "smooth",
-    "rounding", "bits", "block", "symmetric", "algorithm", "accuracy_level",
+    "rounding", "kv_cache", "bits", "block", "symmetric", "algorithm", "accuracy_level",
 )  # fmt: skip
 
 
@@ -116,6 +117,7 @@ def _compile() -> Parser:
     )  # fmt: skip
     add_choices(parser)
     add_few_bits(parser)
+    add_cache(parser)
     group = parser.add_argument_group("what is accepted")
     group.add_argument(
         "--sqnr-goal", type=number, metavar="DB",

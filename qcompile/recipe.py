@@ -16,6 +16,7 @@ from qcompile.calib.observe import MEMORY
 from qcompile.calib.ranges import method
 from qcompile.errors import RecipeError, nearest
 from qcompile.limits import parse_limit
+from qcompile.quant.cache import KINDS, Kind
 from qcompile.table import fill, read_text, read_toml
 
 Format = Literal["auto", "qdq", "fused"]
@@ -54,6 +55,7 @@ class Recipe:
         algorithm: that rounds weights of `bits`: one of `qcompile.algo.choose`, or `auto`, the best for each matrix.
         accuracy_level: of MatMulNBits: 4 rounds activations to 8 bits by blocks and is fast, 0 and 1 do not.
         bits_for: other bits for some matrices, as `lm_head=8`; patterns as in `keep_float`.
+        kv_cache: a decoder keeps keys and values as int8, uint8 or int4, two in a byte; None: as the model has them.
         threads: intra-op threads for all runs; 0 leaves it to ORT.
         memory: bytes that observed tensors may take while samples run; with less, the data is read more often.
         skip_bad: leave out samples for which the float model makes NaN or infinities, instead of failing.
@@ -91,6 +93,7 @@ class Recipe:
     algorithm: str = "auto"
     accuracy_level: Literal[0, 1, 2, 3, 4] = 4
     bits_for: tuple[str, ...] = ()
+    kv_cache: Kind | None = None
     threads: int = 0
     memory: int = MEMORY
     skip_bad: bool = False
@@ -120,7 +123,7 @@ class Recipe:
                 raise RecipeError(f"{name} is {decibels:g}: give a finite number of decibels.")
         self._check_budget()
         self._check_weights()
-        if not self.static and not self.dynamic:
+        if not self.static and not self.dynamic and self.bits is None and self.kv_cache is None:
             raise RecipeError("static and dynamic are both false: nothing could be quantized.")
 
     def _check_weights(self) -> None:
@@ -136,6 +139,14 @@ class Recipe:
         if self.bits is None and changed:
             raise RecipeError(
                 f"{changed[0]} is for weights of few bits: choose the recipe int4 or int8-weights, or give bits."
+            )
+        if self.kv_cache not in (None, *KINDS):
+            raise RecipeError(
+                f"kv_cache is {self.kv_cache!r}: give one of {', '.join(KINDS)}.{nearest(str(self.kv_cache), KINDS)}"
+            )
+        if self.kv_cache is not None and self.limited:
+            raise RecipeError(
+                "max_drop, min_sqnr, max_size and max_latency are not searched for with kv_cache: leave them out."
             )
         if self.bits is not None and self.limited:
             raise RecipeError(
@@ -158,6 +169,11 @@ class Recipe:
             raise RecipeError("metric is given without max_drop: say how much it may drop.")
 
     @property
+    def keeps_weights(self) -> bool:
+        """Whether weights and activations stay float, so that only caches become integers."""
+        return self.bits is None and not self.static and not self.dynamic
+
+    @property
     def limited(self) -> bool:
         """Whether anything limits the result but being faster than the float model."""
         limits = (self.max_drop, self.min_sqnr, self.max_size, self.max_latency)
@@ -170,6 +186,7 @@ BUILT_IN: Mapping[str, Recipe] = {
     "int8-dynamic": Recipe(name="int8-dynamic", static=False),
     "int4": Recipe(name="int4", bits=4),
     "int8-weights": Recipe(name="int8-weights", bits=8),
+    "kv-cache": Recipe(name="kv-cache", static=False, dynamic=False, kv_cache="int8"),
 }
 
 

@@ -38,6 +38,11 @@ class Result:
         search: with limits: `limits`, the `points` that were compiled, run and timed (the last one is the
             result), and `pareto`, the indices of those that no other beats; else None.
         goal_missed: the SQNR in decibels that was aimed for and not reached; None if it was.
+        kv_cache: of integer caches: `kind`, `keys` (the kind of theirs), `caches` (how many), `skipped` (name and reason),
+            bytes of a token in all of them (`token_bytes`: `before`, `after`; `ratio`), `scale_bytes` once a model, `tokens`
+            that the ranges are of; `perplexity` of the next token on held-out samples (`fp32`, `float_cache`: the result
+            but for its caches, `result`, and `tokens` scored) or None; `greedy` decoding of `tokens` after `prompt` ones, with
+            `differs`: by `fp32` and `float_cache` the first token, from 1, that is another one, or None. None: no such caches.
         exit_code: 0 good, 3 a limit missed, 4 not faster or not fused as planned.
     """
 
@@ -62,6 +67,7 @@ class Result:
     goal_missed: float | None = None
     plan: list[dict[str, str]] = dataclasses.field(default_factory=list)
     search: dict[str, Any] | None = None
+    kv_cache: dict[str, Any] | None = None
 
     def to_json(self) -> str:
         """One JSON object."""
@@ -87,6 +93,8 @@ class Result:
             return f"{what}: {self.warnings[0] if self.warnings else ''}"
         shown = "not timed" if speed is None else f"{speed:.2f}x as fast"
         text = f"{shown}, {size:.1f}x smaller"
+        if self.kv_cache is not None:
+            text += f", caches {1 / self.kv_cache['ratio']:.1f}x smaller"
         if self.goal_missed is not None:
             text += (
                 f", but {self.worst_db:.1f} dB SQNR is below the goal of {self.goal_missed:g} dB"
@@ -122,6 +130,33 @@ def grouped_float(
         counts[key] += 1
         example.setdefault(key, row["node"])
     return [(op, why, n, example[op, why]) for (op, why), n in counts.most_common(most)]
+
+
+_BESIDE = {"fp32": "the float model", "float_cache": "float caches"}
+
+
+def cache_lines(kv: Mapping[str, Any]) -> list[str]:
+    """Sentences on integer caches: see `Result.kv_cache`."""
+    size, keys = kv["token_bytes"], "" if kv["keys"] == kv["kind"] else f" (keys {kv['keys']})"
+    lines = [
+        f"{kv['caches']} caches as {kv['kind']}{keys}: {size['before']} -> {size['after']} bytes a token ({kv['ratio']:.3f}x), "
+        f"{kv['scale_bytes']} bytes of scales, ranges of {kv['tokens']} tokens"
+    ]
+    losses, greedy = kv["perplexity"], kv["greedy"]
+    if losses is not None:
+        before, after = losses["fp32"], losses["result"]
+        line = f"perplexity of {losses['tokens']} held-out tokens: {before:.3f} -> {after:.3f} ({after / before - 1:+.2%})"
+        if "float_cache" in losses:
+            middle = losses["float_cache"]
+            line += f", {middle:.3f} with float caches: the caches cost {after / middle - 1:+.2%}"
+        lines.append(line)
+    if greedy is not None:
+        told = [
+            f"{'the same as' if place is None else f'from token {place} on another than'} with {_BESIDE[name]}"
+            for name, place in greedy["differs"].items()
+        ]
+        lines.append(f"greedy decoding of {greedy['tokens']} tokens: {', '.join(told)}")
+    return lines
 
 
 POINT_COLUMNS = (
@@ -186,6 +221,9 @@ def to_markdown(result: Result) -> str:
             agreement = "" if same is None else f"{same:.2%}"
             figures = (_db(part["sqnr_db"]), f"{part['cosine']:.5f}", agreement, before)
             lines.append(_row(output["name"], name, *figures))
+    if result.kv_cache is not None:
+        lines += ["", "## Caches of keys and values", ""]
+        lines += [f"- {line}" for line in cache_lines(result.kv_cache)]
     if result.search is not None:
         lines += [
             "",

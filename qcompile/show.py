@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from qcompile.plan.plan import Plan
-from qcompile.report import POINT_COLUMNS, Result, grouped_float, point_rows
+from qcompile.report import POINT_COLUMNS, Result, cache_lines, grouped_float, point_rows
 
 if TYPE_CHECKING:
     from qcompile.layers import Layers
@@ -60,6 +60,8 @@ def show_result(result: Result) -> None:
         )
     console.print(table)
     _show_slices(console, result.outputs)
+    for line in () if result.kv_cache is None else cache_lines(result.kv_cache):
+        console.print(escape(line))
     kernels = result.kernels
     console.print(
         f"kernels: {kernels['integer']} integer, {kernels['float']} float Conv/MatMul-like, "

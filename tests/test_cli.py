@@ -25,6 +25,7 @@ KEYS = {
 }  # fmt: skip
 OUR_KEYS = {
     "search",
+    "kv_cache",
     "format",
     "ranges",
     "samples",

@@ -122,7 +122,9 @@ def test_what_cannot_be_done_is_said() -> None:
     with pytest.raises(DataError, match="put no token into the caches"):
         quantize_kv_cache(decoder(), [])
     made, _ = quantize_kv_cache(decoder(), FEEDS)
-    with pytest.raises(ModelError, match="it holds INT8, not float32, and 1 more"):
+    with pytest.raises(
+        ModelError, match="it holds INT8, not float32: it is quantized already; nor can 1 more"
+    ):
         quantize_kv_cache(made, FEEDS)
 
 

@@ -70,7 +70,7 @@ def test_built_in() -> None:
     assert load_recipe(own) is own
 
 
-FEW_BITS = {"bits", "block", "symmetric", "algorithm", "accuracy_level", "bits_for"}
+FEW_BITS = {"bits", "block", "symmetric", "algorithm", "accuracy_level", "bits_for", "kv_cache"}
 
 
 def test_keys_of_weights_of_few_bits(tmp_path: Path) -> None:
@@ -81,11 +81,12 @@ symmetric = true
 algorithm = "hqq"
 accuracy_level = 0
 bits_for = ["lm_head=8", "*/down/*=8"]
+kv_cache = "int4"
 """
     (tmp_path / "r.toml").write_text(text)
     assert load_recipe(tmp_path / "r.toml") == Recipe(
         name="r", bits=4, block=64, symmetric=True, algorithm="hqq", accuracy_level=0,
-        bits_for=("lm_head=8", "*/down/*=8"),
+        bits_for=("lm_head=8", "*/down/*=8"), kv_cache="int4",
     )  # fmt: skip
 
 
@@ -97,6 +98,8 @@ bits_for = ["lm_head=8", "*/down/*=8"]
         ({"symmetric": True}, "symmetric is for weights of few bits"),
         ({"accuracy_level": 0}, "accuracy_level is for weights of few bits"),
         ({"bits_for": ("a=8",)}, "bits_for is for weights of few bits"),
+        ({"kv_cache": "int3"}, "kv_cache is 'int3': give one of int8, uint8, int4"),
+        ({"kv_cache": "int8", "max_size": "4MB"}, "are not searched for with kv_cache"),
         ({"bits": 4, "min_sqnr": 20.0}, "are not searched for with weights of few bits"),
     ],
 )

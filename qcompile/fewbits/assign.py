@@ -48,13 +48,14 @@ class Assignment:
 
 
 def assign(model: ir.Model, recipe: Recipe, original: ir.Model) -> Assignment:
-    """A scheme for every matrix that a kernel takes, or the reason why it stays float.
+    """A scheme for every matrix that a kernel takes, or the reason why it stays float; nothing if no bits are asked for.
 
     Raises:
         RecipeError: a pattern matches nothing.
     """
-    assert recipe.bits is not None
     keep = match_patterns(model, recipe.keep_float, original).why
+    if recipe.bits is None:
+        return Assignment((), ())
     asked = _asked(model, recipe.bits_for, original)
     chosen: list[tuple[Linear, Scheme]] = []
     left: list[tuple[Linear, str]] = []

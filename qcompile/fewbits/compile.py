@@ -21,6 +21,8 @@ from qcompile.fewbits.sequential import Found, solve_in_order, solve_plain, tall
 from qcompile.finish import latency_rows, peak_rss
 from qcompile.graph import io
 from qcompile.graph.edit import graphs
+from qcompile.kv_apply import apply_kv_cache, with_cache
+from qcompile.kv_session import open_session
 from qcompile.opened import Opened
 from qcompile.progress import Progress
 from qcompile.report import GOOD, INACCURATE, NOT_FASTER, Result, write_report
@@ -64,15 +66,23 @@ def compile_weights(
     if opened.recipe.algorithm == AWQ:
         prepared = _scaled(opened, assignment, show)
         assignment = assign(prepared, opened.recipe, opened.original)
-    found = _solve(opened, prepared, assignment, show)
+    found = _solve(opened, prepared, assignment, show) if assignment.chosen else {}
     model = prepared.clone()
     weights = {name: blocked for name, (blocked, _) in found.items()}
     outcome = run_pass(LowerNbits(weights, accuracy_level=opened.recipe.accuracy_level), model)
+    with show.stage("loading the result"):
+        session = opened.session  # of the same weights, and large
+        if not opened.recipe.keeps_weights:
+            session = Session(model, Options("all", threads=opened.recipe.threads))
+    kv = None
+    if opened.recipe.kv_cache is not None:
+        kv = apply_kv_cache(opened, model, session, show)
+        model, session = kv.model, kv.session
     with show.stage("verifying"):
-        session = Session(model, Options("all", threads=opened.recipe.threads))
         reference = opened.reference()
         deployed = reference.compare(session, _COMPARED)
-        exact = reference.compare(Session(model, Options("off", threads=opened.recipe.threads)), 1)
+        off = Options("off", threads=opened.recipe.threads)
+        exact = reference.compare(open_session(model, off), 1)
         verdicts = _verdicts(model, weights, opened)
         feeds = latency_rows(opened, session)
     _describe(model, opened)
@@ -84,6 +94,7 @@ def compile_weights(
     result = _result(
         opened, place, (deployed, exact), verdicts, feeds, left, found, assignment, start
     )
+    result = with_cache(result, kv)
     if report is not None:
         write_report(Path(report), result)
     return result
@@ -163,10 +174,11 @@ def _describe(model: ir.Model, opened: Opened) -> None:
         {
             "qcompile.version": __version__, "qcompile.onnxruntime": version(),
             "qcompile.target": opened.target.name, "qcompile.recipe": recipe.name,
-            "qcompile.bits": str(recipe.bits), "qcompile.block": str(recipe.block),
-            "qcompile.accuracy_level": str(recipe.accuracy_level),
         }
     )  # fmt: skip
+    if recipe.bits is not None:
+        told = ("bits", "block", "accuracy_level")
+        model.metadata_props.update({f"qcompile.{key}": str(getattr(recipe, key)) for key in told})
 
 
 def _result(
@@ -188,10 +200,13 @@ def _result(
             "No calibration data: weights were rounded by themselves, and errors and latency were measured on "
             "stand-in inputs; give samples with --data."
         )
+    smaller = "the result is smaller, but"
+    if recipe.keeps_weights:
+        smaller = "the caches are smaller, but the result is"
     code, reason = GOOD, ""
     if deployed.problems():
         code = INACCURATE
-    elif not found:
+    elif not found and not recipe.keeps_weights:
         code, reason = (
             NOT_FASTER,
             "nothing was quantized: "
@@ -201,7 +216,7 @@ def _result(
     elif worst["speedup"] < 1.0:
         code, reason = (
             NOT_FASTER,
-            f"the result is smaller, but not faster than the float model: {worst['speedup']:.2f}x at {worst['feed']}.",
+            f"{smaller} not faster than the float model: {worst['speedup']:.2f}x at {worst['feed']}.",
         )
     if reason:
         warnings.insert(0, reason)
@@ -211,7 +226,7 @@ def _result(
     )
     return Result(
         model=None if opened.path is None else str(opened.path), output=None if place is None else str(place),
-        target=opened.target.name, recipe=recipe.name, format="nbits", ranges="none",
+        target=opened.target.name, recipe=recipe.name, format="qdq" if recipe.keeps_weights else "nbits", ranges="none",
         seconds=time.perf_counter() - start, peak_rss_mb=peak_rss(),
         size_mb={"before": size / 1e6, "after": io.file_bytes(place) / 1e6 if place else 0.0},
         latency={"fp32_ms": worst["fp32_ms"], "result_ms": worst["result_ms"], "speedup": worst["speedup"], "feeds": feeds},

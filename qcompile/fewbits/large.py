@@ -35,6 +35,11 @@ def compile_large(
         RecipeError: a pattern matches nothing, or an option needs data.
     """
     assert recipe.bits is not None
+    if recipe.kv_cache is not None:
+        raise RecipeError(
+            f"{model} has more than {io.EXTERNAL_BYTES / 1e9:.1f} GB and is not run here, and --kv-cache takes its "
+            "scales from runs: leave it out."
+        )
     if recipe.algorithm not in ("auto", "rtn", "search"):
         raise RecipeError(
             f"{model} has more than {io.EXTERNAL_BYTES / 1e9:.1f} GB and is rounded file to file: "

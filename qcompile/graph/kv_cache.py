@@ -10,15 +10,26 @@ layout (batch, heads, tokens, width).
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import json
+from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import onnx_ir as ir
 
+from qcompile.errors import ModelError
 from qcompile.graph.edit import attribute, is_op
+from qcompile.quant.cache import CacheParams, Packing
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
 
 RANK = 4
 TOKENS_AXIS = 2
 GQA = "GroupQueryAttention"
+MARK = "qcompile.kv_cache"
+"""Metadata of a model whose caches are integers: JSON, by name of the past input what `StoredCache` says."""
 _KEY_PAST = 3
 _STEPS = 8  # operators that a question about what reads a cache goes forward
 _LAYOUT = (
@@ -78,6 +89,67 @@ class Cache:
     def width(self) -> int | None:
         """Elements of one stored token and head, if the input's shape fixes them."""
         return _fixed(self.past, RANK - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredCache:
+    """How one cache of a quantized model is to be written and read.
+
+    Attributes:
+        past, present: names of the graph input and output.
+        params: of the codes.
+        packing: of those of int4.
+    """
+
+    past: str
+    present: str
+    params: CacheParams
+    packing: Packing
+
+
+def mark_caches(model: ir.Model, rows: Sequence[tuple[Cache, str, str, str | None]]) -> None:
+    """The model tells how its caches are stored: of each the kind, and the names of scales and offsets."""
+    table = {
+        cache.name: {
+            "present": cache.present.name, "kind": kind, "scale": scale, "offset": offset,
+            "packing": (Packing.PAIRS if cache.form == "gqa" else Packing.HALVES).value,
+        }
+        for cache, kind, scale, offset in rows
+    }  # fmt: skip
+    model.metadata_props[MARK] = json.dumps(table)
+
+
+def stored_caches(model: ir.Model) -> tuple[StoredCache, ...]:
+    """The integer caches that `mark_caches` told of; none in other models.
+
+    Raises:
+        ModelError: what is told does not fit the graph.
+    """
+    told = model.metadata_props.get(MARK)
+    if told is None:
+        return ()
+    try:
+        return tuple(
+            StoredCache(
+                past, row["present"],
+                CacheParams(row["kind"], _numbers(model, row["scale"]), row["offset"] and _numbers(model, row["offset"])),
+                Packing(row["packing"]),
+            )
+            for past, row in json.loads(told).items()
+        )  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"the metadata {MARK} does not fit the graph ({error!r}): compile the float model again."
+        ) from error
+
+
+def _numbers(model: ir.Model, name: str) -> npt.NDArray[np.float32]:
+    """Scales or offsets (heads, width), stored as (1, heads, 1, width) or so."""
+    tensor = model.graph.initializers[name].const_value
+    if tensor is None:
+        raise KeyError(name)
+    values = tensor.numpy().astype(np.float32)
+    return values.reshape(values.shape[-3], values.shape[-1]) if values.ndim == RANK else values
 
 
 def find_caches(model: ir.Model) -> tuple[list[Cache], dict[str, str]]:

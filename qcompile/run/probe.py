@@ -20,9 +20,13 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from qcompile.errors import ModelError
+from qcompile.graph import io
 from qcompile.graph.edit import Names, attribute
+from qcompile.graph.skeleton import SHARED_BYTES
 from qcompile.run.session import Feed, Options, Session
 
+# what runs once gains nothing by weights in another order, and keeps no memory
+_ONCE = Options("off", arena=False, shared=True, config=(("session.disable_prepacking", "1"),))
 _NOT_TENSORS = frozenset(
     {
         "Optional", "OptionalGetElement", "SequenceConstruct", "SequenceEmpty", "SequenceErase",
@@ -252,12 +256,19 @@ def _main(model: ir.Model, feed: Feed | None) -> dict[str, Fact]:
         if value.name not in outputs:
             clone.graph.outputs.append(copy)
     try:
-        session = Session(clone, Options("off"))
+        session = Session(clone, _ONCE)
     except ModelError:
         return _declared(model, feed)
     facts: dict[str, Fact] = {}
     types = {info.name: info.dtype for info in session.outputs}
     found: dict[str, tuple[int, ...]] = {}
+    if feed is not None and io.weight_bytes(clone) >= SHARED_BYTES:
+        # outputs live as long as the run: without them each value goes once its shape was told
+        told = {*outputs, *shapes.values()}
+        kept = [value for value in clone.graph.outputs if value.name in told]
+        clone.graph.outputs.clear()
+        clone.graph.outputs.extend(kept)
+        session = Session(clone, dataclasses.replace(_ONCE, in_order=True))
     if feed is not None:
         results = session.run(feed, list(shapes.values()))
         found = {name: tuple(map(int, r)) for name, r in zip(shapes, results, strict=True)}

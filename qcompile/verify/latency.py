@@ -5,13 +5,21 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
-from qcompile.run.session import Feed, Session
+from qcompile.run.session import Feed
 
 _WARM_UP = 3
 _LEAST_ROUNDS = 12
+
+
+class Runs(Protocol):
+    """What can be timed, such as a session."""
+
+    def run(self, feed: Feed) -> object:
+        """One run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +32,7 @@ class Timing:
 
 
 def race(
-    sessions: Mapping[str, Session], feed: Feed, *, seconds: float = 1.0, most: int = 400
+    sessions: Mapping[str, Runs], feed: Feed, *, seconds: float = 1.0, most: int = 400
 ) -> Timing:
     """Runs all models in turn on one feed until `seconds` are over; the first one is the reference."""
     names = list(sessions)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import onnx_ir as ir
 from onnx_ir.passes import common
@@ -18,9 +19,11 @@ from passes.fuse_hard_swish import FuseHardSwish
 from passes.inline_if import InlineIf
 from passes.name_nodes import NameNodes
 from passes.pool_to_conv import PoolToConv
-from qcompile.errors import ModelError
+from qcompile.errors import ModelError, RefusedError
 from qcompile.graph import io
 from qcompile.graph.edit import drop_unread
+from qcompile.run.probe import Fact, probe
+from qcompile.run.session import Feed
 from qcompile.step import Outcome, Pass, run_pass
 
 logger = logging.getLogger(__name__)
@@ -36,10 +39,57 @@ OPSET = (
 )
 
 
-def prepare(model: ir.Model, *, tied: bool = False) -> tuple[ir.Model, dict[str, Outcome]]:
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A rewritten model that ONNX Runtime loads.
+
+    Attributes:
+        model: the model.
+        facts: types and shapes of its values.
+        notes: sentences about passes that had to be left out.
+    """
+
+    model: ir.Model
+    facts: Mapping[str, Fact]
+    notes: tuple[str, ...] = ()
+
+
+def prepare_for(feed: Feed, model: ir.Model, *, tied: bool = False) -> Prepared:
+    """The model rewritten by as many passes as ONNX Runtime allows; the one given stays as it is.
+
+    The more is known of a graph, the more ORT's shape inference finds to refuse: a Range takes limits of shape [1]
+    while nothing tells that they are no scalars. A pass whose result is not loaded is then left out, or all of them.
+
+    Args:
+        feed: that tells the shapes.
+        model: that ORT loads.
+        tied: see `prepare`.
+
+    Raises:
+        ModelError: the feed does not run, or no way to prepare the model gives one that ORT loads.
+    """
+    names = [step.name for step in PASSES if not isinstance(step, NameNodes)]
+    refused: RefusedError | None = None
+    for without in ((), *((name,) for name in names), tuple(names)):
+        prepared, _ = prepare(model.clone(), tied=tied, without=without)
+        try:
+            facts = probe(prepared, feed, must_load=True)
+        except RefusedError as error:
+            refused = refused or error
+            continue
+        notes = (f"Not done here: {', '.join(without)}. {refused}",) if refused else ()
+        return Prepared(prepared, facts, notes)
+    assert refused is not None
+    raise refused
+
+
+def prepare(
+    model: ir.Model, *, tied: bool = False, without: Collection[str] = ()
+) -> tuple[ir.Model, dict[str, Outcome]]:
     """The model rewritten, and what each pass did, by pass name. The one given may be changed.
 
-    With `tied`, large weights that several nodes read stay one: see `FoldConstants`.
+    With `tied`, large weights that several nodes read stay one: see `FoldConstants`. The passes named in `without`
+    are left out.
 
     Local functions are inlined, the opset is raised where 8-bit types need it, Constant nodes
     become initializers, unread nodes go.
@@ -55,6 +105,7 @@ def prepare(model: ir.Model, *, tied: bool = False) -> tuple[ir.Model, dict[str,
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     drop_unread(model)
     steps = [FoldConstants(tied) if isinstance(step, FoldConstants) else step for step in PASSES]
+    steps = [step for step in steps if step.name not in without]
     outcomes = {step.name: run_pass(step, model) for step in steps}
     drop_unread(model)
     return model, outcomes

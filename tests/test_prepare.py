@@ -15,7 +15,8 @@ from rewrites import assert_close, assert_same_interface, parse, random_feed, ru
 from qcompile.errors import ModelError
 from qcompile.graph import io
 from qcompile.graph.edit import graphs
-from qcompile.prepare import OPSET, PASSES, prepare
+from qcompile.prepare import OPSET, PASSES, prepare, prepare_for
+from qcompile.run.session import Session
 
 PAD = "pads = [1, 1, 1, 1]"
 
@@ -157,3 +158,30 @@ def test_passes_have_names_of_their_own() -> None:
     assert len({step.name for step in PASSES}) == len(PASSES)
     for step in PASSES:
         assert step.name.title().replace("_", "") == type(step).__name__
+
+
+def test_a_pass_whose_result_is_refused_is_left_out() -> None:
+    """ORT takes a Range to a limit of shape [1] as long as the limit is no initializer."""
+    model = parse(
+        "g (float[N] x, int64[1] s) => (int64[K] r, float[N] y) "
+        "<int64 zero = {0}, int64 one = {1}, int64[1] three = {3}> { "
+        "d = Size(s) yes = Equal(d, one) n = If(yes) <then_branch = a () => (int64[1] t) { t = Identity(three) }, "
+        "else_branch = b () => (int64[L] e) { e = Reshape(three, s) }> "
+        "r = Range(zero, n, one) i = Identity(x) y = Relu(i) }"
+    )
+    feed = {"x": np.zeros(2, np.float32), "s": np.array([1])}
+    wanted = Session(model).run(feed)
+    with pytest.raises(ModelError, match="Range"):
+        Session(prepare(model.clone())[0])
+    made = prepare_for(feed, model)
+    assert_close(Session(made.model).run(feed), wanted)
+    assert ops(made.model) == ["Size", "Equal", "If", "Range", "Relu"]
+    assert made.facts["r"].shape == (3,)
+    (note,) = made.notes
+    assert note.startswith("Not done here: inline_if. ONNX Runtime refuses the model: ")
+
+
+def test_a_model_that_is_refused_whatever_is_left_out() -> None:
+    model = parse("g (float[N] x) => (float[N] y) { y = Relu(x, x) }")
+    with pytest.raises(ModelError, match="ONNX Runtime refuses the model"):
+        prepare_for({"x": np.zeros(2, np.float32)}, model)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
-from qcompile.errors import ModelError
+from qcompile.errors import ModelError, RefusedError
 from qcompile.graph import io
 
 Level = Literal["off", "basic", "extended", "all"]
@@ -78,7 +78,7 @@ class Session:
     """A model loaded by ONNX Runtime on the CPU."""
 
     def __init__(self, model: ir.Model | Path, options: Options | None = None) -> None:
-        """Raises: ModelError if ORT refuses the model; the message is ORT's first line."""
+        """Raises: RefusedError, a ModelError, if ORT refuses the model; the message is ORT's first line."""
         self.options = options or Options()
         settings = ort.SessionOptions()
         settings.log_severity_level = 4
@@ -102,7 +102,7 @@ class Session:
             )
         except Exception as error:  # ORT raises a dozen unrelated classes
             which = model if isinstance(model, Path) else "the model"
-            raise ModelError(f"ONNX Runtime refuses {which}: {_first_line(error)}") from error
+            raise RefusedError(f"ONNX Runtime refuses {which}: {_first_line(error)}") from error
         self.inputs = tuple(map(_info, self._session.get_inputs()))
         self.outputs = tuple(map(_info, self._session.get_outputs()))
         self._names = {item.name for item in self.inputs}

@@ -129,7 +129,7 @@ def open_model(
     with show.stage("preparing"):
         feed = stand_in(specs) if samples is None else samples.first()
         with running(MADE_UP if samples is None else "the first sample of the calibration data"):
-            prepared = prepare_for(feed, original, tied=chosen.bits is not None)
+            prepared = prepare_for(feed, original, session, tied=chosen.bits is not None)
         notes.extend(prepared.notes)
     if not aim.fits_here():
         notes.append(f"{aim.name} is not this machine: the times are those of this one.")

@@ -23,7 +23,7 @@ from qcompile.errors import ModelError, RefusedError
 from qcompile.graph import io
 from qcompile.graph.edit import drop_unread
 from qcompile.run.probe import Fact, probe
-from qcompile.run.session import Feed
+from qcompile.run.session import Feed, Session
 from qcompile.step import Outcome, Pass, run_pass
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,8 @@ PASSES: Sequence[Pass] = (
 OPSET = (
     12  # 8-bit MaxPool; per-axis DequantizeLinear needs 13, which the portable form is raised to
 )
+
+RAISING = "raise_opset"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,33 +56,37 @@ class Prepared:
     notes: tuple[str, ...] = ()
 
 
-def prepare_for(feed: Feed, model: ir.Model, *, tied: bool = False) -> Prepared:
-    """The model rewritten by as many passes as ONNX Runtime allows; the one given stays as it is.
+def prepare_for(feed: Feed, model: ir.Model, session: Session, *, tied: bool = False) -> Prepared:
+    """The model rewritten by as many steps as ONNX Runtime allows; the one given stays as it is.
 
     The more is known of a graph, the more ORT's shape inference finds to refuse: a Range takes limits of shape [1]
-    while nothing tells that they are no scalars. A pass whose result is not loaded is then left out, or all of them.
+    while nothing tells that they are no scalars. And onnx's converter of opsets knows little of bodies. A step whose
+    result does not load or run is left out, or all of them.
 
     Args:
         feed: that tells the shapes.
-        model: that ORT loads.
+        model: the model.
+        session: that runs it.
         tied: see `prepare`.
 
     Raises:
-        ModelError: the feed does not run, or no way to prepare the model gives one that ORT loads.
+        ModelError: the feed does not run, or no way to prepare the model gives one that ORT runs.
     """
-    names = [step.name for step in PASSES if not isinstance(step, NameNodes)]
-    refused: RefusedError | None = None
+    names = [RAISING, *(step.name for step in PASSES if not isinstance(step, NameNodes))]
+    first: ModelError | None = None
     for without in ((), *((name,) for name in names), tuple(names)):
         prepared, _ = prepare(model.clone(), tied=tied, without=without)
         try:
             facts = probe(prepared, feed, must_load=True)
-        except RefusedError as error:
-            refused = refused or error
+        except ModelError as error:
+            if not isinstance(error, RefusedError) and first is None:
+                session.run(feed)  # which tells better where the feed is wrong
+            first = first or error
             continue
-        notes = (f"Not done here: {', '.join(without)}. {refused}",) if refused else ()
+        notes = (f"Not done here: {', '.join(without)}. With it, {first}",) if first else ()
         return Prepared(prepared, facts, notes)
-    assert refused is not None
-    raise refused
+    assert first is not None
+    raise first
 
 
 def prepare(
@@ -89,7 +95,7 @@ def prepare(
     """The model rewritten, and what each pass did, by pass name. The one given may be changed.
 
     With `tied`, large weights that several nodes read stay one: see `FoldConstants`. The passes named in `without`
-    are left out.
+    are left out, as is `RAISING` there.
 
     Local functions are inlined, the opset is raised where 8-bit types need it, Constant nodes
     become initializers, unread nodes go.
@@ -97,7 +103,8 @@ def prepare(
     if (model.ir_version or 0) < 4:  # initializers had to be inputs as well; nobody feeds them
         common.RemoveInitializersFromInputsPass()(model)
     common.InlinePass()(model)
-    if model.opset_imports.get("", OPSET) < OPSET and io.weight_bytes(model) < io.EXTERNAL_BYTES:
+    low = model.opset_imports.get("", OPSET) < OPSET and RAISING not in without
+    if low and io.weight_bytes(model) < io.EXTERNAL_BYTES:
         try:
             model = io.convert_opset(model, OPSET)
         except ModelError as error:

@@ -18,6 +18,10 @@ class ModelError(QcompileError):
     """The model cannot be read, is not valid, or holds what no quantized form can express."""
 
 
+class RefusedError(ModelError):
+    """ONNX Runtime does not load a model: the user's, or what became of it."""
+
+
 class DataError(QcompileError):
     """The calibration data does not fit the model, or holds NaN or infinities."""
 

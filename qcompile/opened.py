@@ -22,10 +22,10 @@ from qcompile.inputs import MADE_UP, check_compilable, input_specs, running, sta
 from qcompile.keep import fixed_forms, match_patterns
 from qcompile.plan.make import Request
 from qcompile.plan.plan import Plan
-from qcompile.prepare import prepare
+from qcompile.prepare import prepare_for
 from qcompile.progress import Progress, Silent
 from qcompile.recipe import Recipe, load_recipe
-from qcompile.run.probe import Fact, probe
+from qcompile.run.probe import Fact
 from qcompile.run.session import Feed, Options, Session, version
 from qcompile.targets.schema import Target, load_target
 from qcompile.verify.compare import Reference
@@ -135,12 +135,11 @@ def open_model(
                 f"{stats} was gathered with --held-out 0: samples of its own data both calibrate and judge."
             )
     with show.stage("preparing"):
-        prepared, _ = prepare(
-            original.clone(), tied=chosen.bits is not None or chosen.keeps_weights
-        )
         feed = stand_in(specs) if samples is None else samples.first()
         with running(MADE_UP if samples is None else "the first sample of the calibration data"):
-            facts = probe(prepared, feed)
+            tied = chosen.bits is not None or chosen.keeps_weights
+            prepared = prepare_for(feed, original, session, tied=tied)
+        notes.extend(prepared.notes)
     if not aim.fits_here():
         notes.append(f"{aim.name} is not this machine: the times are those of this one.")
     path = Path(model) if isinstance(model, str | Path) else None
@@ -149,12 +148,12 @@ def open_model(
         path,
         original,
         session,
-        prepared,
+        prepared.model,
         aim,
         chosen,
         samples,
         feed,
-        facts,
+        prepared.facts,
         notes,
         named,
         statistics,

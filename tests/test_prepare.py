@@ -15,7 +15,8 @@ from rewrites import assert_close, assert_same_interface, parse, random_feed, ru
 from qcompile.errors import ModelError
 from qcompile.graph import io
 from qcompile.graph.edit import graphs
-from qcompile.prepare import OPSET, PASSES, prepare
+from qcompile.prepare import OPSET, PASSES, prepare, prepare_for
+from qcompile.run.session import Session
 
 PAD = "pads = [1, 1, 1, 1]"
 
@@ -157,3 +158,51 @@ def test_passes_have_names_of_their_own() -> None:
     assert len({step.name for step in PASSES}) == len(PASSES)
     for step in PASSES:
         assert step.name.title().replace("_", "") == type(step).__name__
+
+
+def test_a_pass_whose_result_is_refused_is_left_out() -> None:
+    """ORT takes a Range to a limit of shape [1] as long as the limit is no initializer."""
+    model = parse(
+        "g (float[N] x, int64[1] s) => (int64[K] r, float[N] y) "
+        "<int64 zero = {0}, int64 one = {1}, int64[1] three = {3}> { "
+        "d = Size(s) yes = Equal(d, one) n = If(yes) <then_branch = a () => (int64[1] t) { t = Identity(three) }, "
+        "else_branch = b () => (int64[L] e) { e = Reshape(three, s) }> "
+        "r = Range(zero, n, one) i = Identity(x) y = Relu(i) }"
+    )
+    feed = {"x": np.zeros(2, np.float32), "s": np.array([1])}
+    wanted = Session(model).run(feed)
+    with pytest.raises(ModelError, match="Range"):
+        Session(prepare(model.clone())[0])
+    made = prepare_for(feed, model, Session(model))
+    assert_close(Session(made.model).run(feed), wanted)
+    assert ops(made.model) == ["Size", "Equal", "If", "Range", "Relu"]
+    assert made.facts["r"].shape == (3,)
+    (note,) = made.notes
+    assert note.startswith("Not done here: inline_if. With it, ONNX Runtime refuses the model: ")
+
+
+def test_an_opset_that_the_converter_does_not_raise_well() -> None:
+    """The Scan of opset 8 has an axis of batches; the converter leaves it as it is."""
+    model = parse(
+        "g (float[1,2] s, float[1,3,2] x) => (float[1,2] t, float[1,3,2] y) { t, y = Scan<num_scan_inputs = 1, "
+        "body = b (float[2] a, float[2] v) => (float[2] w, float[2] z) { w = Add(a, v) z = Identity(w) }>(, s, x) }",
+        opset=8,
+    )
+    feed = {"s": np.ones((1, 2), np.float32), "x": np.ones((1, 3, 2), np.float32)}
+    made = prepare_for(feed, model, Session(model))
+    assert made.model.opset_imports[""] == 8
+    assert_close(Session(made.model).run(feed), Session(model).run(feed))
+    assert [note[:27] for note in made.notes] == ["Not done here: raise_opset."]
+
+
+def test_a_feed_that_does_not_run_is_no_fault_of_preparing() -> None:
+    model = parse("g (float[2] x) => (float[2] y) { y = Relu(x) }")
+    with pytest.raises(ModelError, match=r"cannot run the model: .*dimensions for input: x"):
+        prepare_for({"x": np.zeros(3, np.float32)}, model, Session(model))
+
+
+def test_a_model_that_is_refused_whatever_is_left_out() -> None:
+    model = parse("g (float[N] x) => (float[N] y) { y = Relu(x, x) }")
+    other = Session(parse("g (float[N] x) => (float[N] y) { y = Relu(x) }"))
+    with pytest.raises(ModelError, match="ONNX Runtime refuses the model"):
+        prepare_for({"x": np.zeros(2, np.float32)}, model, other)

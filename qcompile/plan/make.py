@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from qcompile.graph.edit import attribute, graphs
+from qcompile.graph.io import MAX_OPSET
 from qcompile.plan.candidates import Candidate, Facts, candidate
 from qcompile.plan.network import Network
 from qcompile.plan.plan import Form, NodePlan, Plan
@@ -70,6 +71,8 @@ def find_candidates(model: ir.Model, target: Target, facts: Facts) -> dict[str, 
     for graph in graphs(model):
         for node in graph:
             result = candidate(node, target, facts)
+            if isinstance(result, Candidate) and result.role in _STATIC and opset > MAX_OPSET:
+                result = f"opset {opset} has no QuantizeLinear in ONNX Runtime: export it at {MAX_OPSET} or below"
             if isinstance(result, Candidate) and opset < (12 if node.op_type == "MaxPool" else 11):
                 result = f"opset {opset} has no 8-bit form of it, and could not be raised"
             if (

@@ -79,14 +79,18 @@ class Fact:
         return 0 if self.shape is None else int(np.prod(self.shape, dtype=np.int64))
 
 
-def probe(model: ir.Model, feed: Feed | None) -> Mapping[str, Fact]:
+def probe(model: ir.Model, feed: Feed | None, *, must_load: bool = False) -> Mapping[str, Fact]:
     """A fact for each value of the main graph, its inputs included, and of the bodies.
 
     Names may repeat in bodies: of a repeated one is known what holds for all its bearers. Shapes in
     bodies are those that follow from the feed's, in branches that it does not take too. With `feed`
     None the types are found, and such shapes as are the same for every feed.
+
+    Raises:
+        RefusedError: ORT does not load the model, which it `must_load`.
+        ModelError: the feed does not run.
     """
-    facts = _main(model, feed)
+    facts = _main(model, feed, must_load=must_load)
     for value in _body_values(inferred(model, facts)) if _bodies(model.graph) else ():
         fact = Fact(_numpy(value.dtype), _static_shape(value))
         other = facts.get(value.name or "", fact)
@@ -230,7 +234,7 @@ def _numpy(kind: ir.DataType | None) -> np.dtype[Any] | None:
     return kind.numpy()
 
 
-def _main(model: ir.Model, feed: Feed | None) -> dict[str, Fact]:
+def _main(model: ir.Model, feed: Feed | None, *, must_load: bool) -> dict[str, Fact]:
     """Facts of the main graph, from a session."""
     values = [
         value
@@ -258,6 +262,8 @@ def _main(model: ir.Model, feed: Feed | None) -> dict[str, Fact]:
     try:
         session = Session(clone, _ONCE)
     except ModelError:
+        if must_load:  # if not with all values as outputs, then as it is
+            Session(model, Options("all"))
         return _declared(model, feed)
     facts: dict[str, Fact] = {}
     types = {info.name: info.dtype for info in session.outputs}
@@ -269,7 +275,7 @@ def _main(model: ir.Model, feed: Feed | None) -> dict[str, Fact]:
         clone.graph.outputs.clear()
         clone.graph.outputs.extend(kept)
         session = Session(clone, dataclasses.replace(_ONCE, in_order=True))
-    if feed is not None:
+    if feed is not None and shapes:  # ORT takes none for all
         results = session.run(feed, list(shapes.values()))
         found = {name: tuple(map(int, r)) for name, r in zip(shapes, results, strict=True)}
     for value in values:

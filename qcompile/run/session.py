@@ -19,7 +19,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
-from qcompile.errors import ModelError
+from qcompile.errors import ModelError, RefusedError
 from qcompile.graph import io
 from qcompile.graph.skeleton import SHARED_BYTES, skeleton
 
@@ -90,7 +90,7 @@ class Session:
         """Loads a file, or a model in memory, which messages call `title`.
 
         Raises:
-            ModelError: ORT refuses the model; the message is ORT's first line.
+            RefusedError: a ModelError, ORT refuses the model; the message is ORT's first line.
         """
         self.options = options or Options()
         settings = ort.SessionOptions()
@@ -116,7 +116,7 @@ class Session:
             )
         except Exception as error:  # ORT raises a dozen unrelated classes
             which = model if isinstance(model, Path) else title
-            raise ModelError(f"ONNX Runtime refuses {which}: {_first_line(error)}") from error
+            raise RefusedError(f"ONNX Runtime refuses {which}: {_first_line(error)}") from error
         self.inputs = tuple(map(_info, self._session.get_inputs()))
         self.outputs = tuple(map(_info, self._session.get_outputs()))
         self._names = {item.name for item in self.inputs}

@@ -219,6 +219,19 @@ def test_bounds_before_opset_11() -> None:
     assert clip_bounds(m) is None
 
 
+def test_opsets_without_8_bit_kernels() -> None:
+    """ORT has QuantizeLinear up to opset 27; products that find their scale need none."""
+    weights = f"{constant('k', 4, 4, 1, 1)}, {constant('w', 64, 64)}"
+    text = f"g (float[1,4,8,64] x) => (float[O] y) <{weights}> {{ [c] a = Conv(x, k) [m] y = MatMul(a, w) }}"
+    for opset, kind in ((10, str), (27, Candidate), (28, str)):
+        model = parse(text, opset=opset)
+        facts = {name: Fact(np.dtype(np.float32), (1, 4, 8, 64)) for name in "xay"}
+        made = find_candidates(model, TARGET, facts)
+        assert isinstance(made["c"], kind), opset
+        assert isinstance(made["m"], str if opset < 11 else Candidate), opset
+    assert "export it at 27 or below" in str(made["c"])
+
+
 # ---- Gather and LSTM
 
 TABLE = f"g (int64[7] i, float[1,4,6] x) => (float[O] y) <{constant('t', 600, 32)}, {constant('u', 4, 3, 3)}, int64[2] j = {{0, 2}}>"

@@ -142,6 +142,18 @@ def test_sequences_have_no_facts() -> None:
     assert facts["y"] == Fact(F32, (3, 4))
 
 
+def test_a_model_of_nothing_but_sequences() -> None:
+    """An If tells only in ORT that it makes a sequence."""
+    model = parse(
+        "g (bool p) => (seq(float[N]) y) <float[2] w = {1, 2}> { y = If(p) "
+        "<then_branch = one () => (seq(float[N]) t) { t = SequenceConstruct(w) }, "
+        "else_branch = two () => (seq(float[N]) e) { e = SequenceConstruct(w, w) }> }"
+    )
+    facts = probe(model, {"p": np.array(True)})
+    assert facts["p"] == Fact(BOOL, ())
+    assert "y" not in facts
+
+
 def test_the_model_is_left_alone() -> None:
     model = body(
         "a = MatMul(v, w) t = Relu(a)", weights="<float[4,2] w = {1, 2, 3, 4, 5, 6, 7, 8}>"

@@ -8,6 +8,7 @@ Runtime; where that fails, node by node.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -15,6 +16,7 @@ import onnx_ir as ir
 
 from qcompile.errors import ModelError
 from qcompile.graph.edit import Names, add_initializer, attribute, graphs, is_op, replace
+from qcompile.graph.io import weight_bytes
 from qcompile.run.session import Options, Session
 from qcompile.step import Outcome, Pass
 
@@ -35,7 +37,7 @@ _KEPT = frozenset(
 _MOVES = frozenset(
     {
         "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Split", "Shape", "Size",
-        "Concat", "Gather",
+        "Concat", "SequenceConstruct",
     }
 )  # fmt: skip
 _MAPS = frozenset(
@@ -45,8 +47,21 @@ _MAPS = frozenset(
     }
 )  # fmt: skip
 _BROADCASTS = frozenset({"Add", "Sub", "Mul", "Div", "Pow", "Min", "Max", "Where"})
+# Results have no more elements than the product of the operands' numbers of them. Of all other operators, such as Pad,
+# Resize or HannWindow, the size of the result is a value, and a few bytes could ask for terabytes.
+_PRODUCTS = frozenset(
+    {
+        "MatMul", "Gemm", "Einsum", "GatherND", "GatherElements", "ScatterND", "ScatterElements", "And", "Or", "Xor",
+        "Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Mod", "BitShift", "BitwiseAnd", "BitwiseOr",
+        "BitwiseXor", "PRelu", "Sum", "Mean", "Clip", "CastLike", "Compress", "Trilu", "CumSum", "TopK", "ArgMax",
+        "ArgMin", "LayerNormalization", "BatchNormalization", "InstanceNormalization", "Unique", "IsNaN", "IsInf",
+        "Sin", "Cos", "Tan", "LeakyRelu", "Elu", "HardSigmoid", "HardSwish", "Softplus", "LogSoftmax", "BitwiseNot",
+        "Gelu", "LpNormalization", "MeanVarianceNormalization", "EyeLike", "Mish", "Sinh", "Cosh",
+        *_BROADCASTS, "Gather",
+    }
+)  # fmt: skip
 _FREE_GROWTH = 1 << 16  # bytes that a folded result may have beyond its inputs
-_MAX_CAST = 8  # int8 to int64 or float64
+_MAX_CAST = 8  # bytes of an element: int64 or float64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +80,9 @@ class FoldConstants(Pass):
         """See the class. Skipped: what ORT cannot evaluate, what could grow. Outputs stay computed."""
         outcome = Outcome()
         names = Names(model)
+        most = _FREE_GROWTH + _MAX_CAST * weight_bytes(model)
         for graph in graphs(model):
-            folded = _foldable(graph, outcome, tied=self.tied)
+            folded = _foldable(graph, outcome, most, tied=self.tied)
             if folded and not _fold(model, graph, names, folded, outcome):
                 for node in folded:
                     _fold(model, graph, names, [node], outcome)
@@ -129,9 +145,14 @@ class _Bound:
     size: int
     shape: tuple[int, ...] | None
 
+    @property
+    def elements(self) -> int:
+        """As many as there can be: two in a byte where nothing else is known."""
+        return 2 * self.size if self.shape is None else math.prod(self.shape)
 
-def _foldable(graph: ir.Graph, outcome: Outcome, *, tied: bool) -> list[ir.Node]:
-    """The nodes on constants alone, in graph order."""
+
+def _foldable(graph: ir.Graph, outcome: Outcome, most: int, *, tied: bool) -> list[ir.Node]:
+    """The nodes on constants alone, in graph order, whose results have at most `most` bytes."""
     known: dict[ir.Value, _Bound] = {}
     folded: list[ir.Node] = []
     for node in graph:
@@ -150,7 +171,7 @@ def _foldable(graph: ir.Graph, outcome: Outcome, *, tied: bool) -> list[ir.Node]
             )
             continue
         bound = _bound(node, [known[value] for value in inputs])
-        if bound is None:
+        if bound is None or bound.size > most:
             outcome.skipped[node.name or ""] = "its result could be much larger than its inputs"
             continue
         known.update(dict.fromkeys(node.outputs, bound))
@@ -175,7 +196,7 @@ def _bound(node: ir.Node, inputs: Sequence[_Bound]) -> _Bound | None:
     shapes = [bound.shape for bound in inputs]
     reduced = node.op_type.startswith("Reduce")
     if is_op(node, *_MAPS) or (reduced and attribute(node, "keepdims", 1)):
-        return _Bound(_MAX_CAST * size if is_op(node, "Cast") else size, shapes[0])
+        return _Bound(_MAX_CAST * inputs[0].elements if is_op(node, "Cast") else size, shapes[0])
     if reduced or is_op(node, *_MOVES):
         return _Bound(size + 64, None)
     known = [shape for shape in shapes if shape is not None]
@@ -184,9 +205,21 @@ def _bound(node: ir.Node, inputs: Sequence[_Bound]) -> _Bound | None:
             out = np.broadcast_shapes(*known)
         except ValueError:  # an upper bound is no shape
             out = None
-        if out is not None and np.prod(out) <= max(map(np.prod, known)):
+        if out is not None and math.prod(out) <= max(map(math.prod, known)):
             return _Bound(size, out)
-    return _Bound(size + _FREE_GROWTH, None) if size <= _FREE_GROWTH else None
+    if not is_op(node, *_PRODUCTS):
+        return None
+    grown = _MAX_CAST * _most_elements(node, inputs)
+    return _Bound(grown, None) if grown <= size + _FREE_GROWTH else None
+
+
+def _most_elements(node: ir.Node, inputs: Sequence[_Bound]) -> int:
+    """As many elements as the result of an operator of `_PRODUCTS` can have."""
+    if is_op(node, "MatMul") and len(inputs) == 2:
+        a, b = (bound.shape for bound in inputs)
+        if a is not None and b is not None and len(a) == len(b) == 2:
+            return a[0] * b[1]
+    return math.prod(max(bound.elements, 1) for bound in inputs)
 
 
 def _evaluate(

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcompile.errors import PassError, QcompileError, RecipeError
+from qcompile.errors import PassError, QcompileError, RecipeError, printable
 from qcompile.options import COMMANDS, parser_of, recipe_of
 
 if TYPE_CHECKING:
@@ -52,6 +52,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("QCOMPILE_DEBUG"):
             raise
         return _fail(2, _not_installed(error))
+    except MemoryError as error:
+        if os.environ.get("QCOMPILE_DEBUG"):
+            raise
+        return _fail(
+            2,
+            f"there is not enough memory{_said(error)}: free some, or give a smaller model or fewer samples.",
+        )
+    except RecursionError:
+        if os.environ.get("QCOMPILE_DEBUG"):
+            raise
+        return _fail(2, "the model is nested too deeply: export it with fewer bodies in bodies.")
     except KeyboardInterrupt:
         return _fail(130, "interrupted.")
 
@@ -91,8 +102,13 @@ def _run(words: list[str]) -> int:
 
 
 def _fail(code: int, sentence: str) -> int:
-    sys.stderr.write(f"qcompile: {sentence}\n")
+    sys.stderr.write(f"qcompile: {printable(sentence)}\n")
     return code
+
+
+def _said(error: BaseException) -> str:
+    text = str(error).rstrip(".")
+    return f" ({text})" if text else ""
 
 
 def _not_installed(error: ImportError) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -23,6 +24,7 @@ _WEIGHING = (
 )  # fmt: skip
 _MOVING = ("Identity", "Transpose", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
 MADE_UP = "a made-up input (give real ones with --data)"
+_MOST_MADE_UP = 1 << 28  # elements of an input
 _LENGTH = 64  # for dynamic dimensions other than the first, when there is no data
 
 
@@ -129,6 +131,9 @@ def stand_in(specs: list[InputSpec]) -> Feed:
     """A feed of plausible shapes for timing when there is no data: never used to calibrate.
 
     Dynamic leading dimensions are 1, others 64; integers are 1 (a valid token and mask), floats small noise.
+
+    Raises:
+        DataError: an input is declared too large to be made up.
     """
     rng = np.random.default_rng(0)
     feed: Feed = {}
@@ -139,6 +144,10 @@ def stand_in(specs: list[InputSpec]) -> Feed:
             d if isinstance(d, int) and d > 0 else (1 if axis == 0 else _dynamic(spec.name))
             for axis, d in enumerate(spec.shape or ())
         ]
+        if math.prod(dims) > _MOST_MADE_UP:
+            raise DataError(
+                f"input {spec.name!r} of shape {dims} is too large to be made up: give samples with --data."
+            )
         if spec.dtype.kind == "f":
             feed[spec.name] = rng.standard_normal(dims).astype(spec.dtype)
         elif spec.dtype.kind in "iub":

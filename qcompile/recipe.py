@@ -19,6 +19,7 @@ from qcompile.limits import parse_limit
 from qcompile.quant.cache import KINDS, Kind
 from qcompile.table import fill, read_text, read_toml
 
+_MOST_THREADS = 4096
 Format = Literal["auto", "qdq", "fused"]
 
 
@@ -114,8 +115,10 @@ class Recipe:
             raise RecipeError(
                 f"keep_float is the text {self.keep_float!r}: give a tuple of patterns."
             )
-        if self.threads < 0:
-            raise RecipeError(f"threads is {self.threads}: give 0 (ORT's choice) or more.")
+        if not 0 <= self.threads <= _MOST_THREADS:
+            raise RecipeError(
+                f"threads is {self.threads}: give 0 (ORT's choice) to {_MOST_THREADS}."
+            )
         if not (math.isfinite(self.bench_seconds) and self.bench_seconds > 0):
             raise RecipeError(f"bench_seconds is {self.bench_seconds:g}: give more than 0.")
         for name, decibels in (("sqnr_goal", self.sqnr_goal), ("min_sqnr", self.min_sqnr)):

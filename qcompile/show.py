@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
+from qcompile.errors import printable
 from qcompile.plan.plan import Plan
 from qcompile.report import POINT_COLUMNS, Result, cache_lines, grouped_float, point_rows
 
@@ -28,6 +30,10 @@ class _Console(Console):
 
     def __init__(self) -> None:
         super().__init__(highlight=False, soft_wrap=True)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """The text, its control characters spelled out, whoever named what it tells of."""
+        return super().render_str("\n".join(map(printable, text.split("\n"))), **options)
 
     def on_broken_pipe(self) -> None:
         """Raises: BrokenPipeError, where rich would end the program."""

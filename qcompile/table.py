@@ -6,6 +6,8 @@ import dataclasses
 import enum
 import functools
 import math
+import re
+import reprlib
 import tomllib
 import types
 from collections.abc import Mapping
@@ -15,6 +17,9 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from qcompile.errors import RecipeError, nearest
 
 T = TypeVar("T")
+_DOTS = 100  # in a line of TOML, outside of strings
+_STRING = re.compile(r"""\"[^"\n]*\"|'[^'\n]*'""")
+_MOST = (1 << 63) - 1  # of whole numbers: what counts them takes no more
 _NOUNS = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
 
 
@@ -24,9 +29,14 @@ def read_toml(text: str, where: str) -> dict[str, Any]:
     Raises:
         RecipeError: it is not TOML; the sentence begins with `where`.
     """
+    bare = _STRING.sub("", text)  # tomllib takes memory with the square of the parts of a key
+    if any(line.count(".") > _DOTS for line in bare.splitlines()):
+        raise RecipeError(f"{where} is nested too deeply.")
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except RecursionError as error:
+        raise RecipeError(f"{where} is nested too deeply.") from error
+    except ValueError as error:  # TOMLDecodeError, and numbers of thousands of digits
         raise RecipeError(f"{where} is not valid TOML: {error}.") from error
 
 
@@ -52,7 +62,7 @@ def fill(kind: type[T], table: object, where: str, path: str = "") -> T:
             dataclass; names `where`, the key and what was expected.
     """
     if not isinstance(table, Mapping):
-        raise RecipeError(f"{where}{_key(path)} is {table!r}, expected a table.")
+        raise RecipeError(f"{where}{_key(path)} is {_shown(table)}, expected a table.")
     hints = _hints(kind)  # type: ignore[arg-type]  # a class is hashable
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     for key in table:
@@ -87,10 +97,11 @@ def convert(hint: Any, value: object, where: str, path: str) -> Any:
         )
     if origin is Literal or (isinstance(hint, type) and issubclass(hint, enum.Enum)):
         known = list(options) if origin is Literal else [member.value for member in hint]
-        if value not in known:
+        if not any(value == member and type(value) is type(member) for member in known):
+            words = list(map(str, known))
             raise RecipeError(
-                f"{where}{_key(path)} is {value!r}, not one of {', '.join(known)}."
-                f"{nearest(str(value), known)}"
+                f"{where}{_key(path)} is {_shown(value)}, not one of {', '.join(words)}."
+                f"{nearest(str(value), words) if isinstance(value, str) else ''}"
             )
         return value if origin is Literal else hint(value)
     if dataclasses.is_dataclass(hint):
@@ -99,16 +110,20 @@ def convert(hint: Any, value: object, where: str, path: str) -> Any:
         return _many(options, value, where, path)
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
-            raise RecipeError(f"{where}{_key(path)} is {value!r}, expected a table.")
+            raise RecipeError(f"{where}{_key(path)} is {_shown(value)}, expected a table.")
         return {
             key: convert(options[1], item, where, _join(path, key)) for key, item in value.items()
         }
     if hint is Path and isinstance(value, str):
         return Path(value)
+    if isinstance(value, int) and abs(value) > _MOST:
+        raise RecipeError(f"{where}{_key(path)} is {_shown(value)}, which is too large.")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise RecipeError(f"{where}{_key(path)} is {value!r}, expected {_NOUNS.get(hint, 'text')}.")
+        raise RecipeError(
+            f"{where}{_key(path)} is {_shown(value)}, expected {_NOUNS.get(hint, 'text')}."
+        )
     if isinstance(value, float) and not math.isfinite(value):
         raise RecipeError(f"{where}{_key(path)} is {value}, expected a finite number.")
     return value
@@ -125,7 +140,7 @@ def _one_of(hints: list[Any], value: object, where: str, path: str) -> Any:
 
 def _many(hints: tuple[Any, ...], value: object, where: str, path: str) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
-        raise RecipeError(f"{where}{_key(path)} is {value!r}, expected a list.")
+        raise RecipeError(f"{where}{_key(path)} is {_shown(value)}, expected a list.")
     if hints[-1] is Ellipsis:
         hints = hints[:1] * len(value)
     if len(hints) != len(value):
@@ -139,6 +154,13 @@ def _many(hints: tuple[Any, ...], value: object, where: str, path: str) -> tuple
 @functools.cache
 def _hints(kind: type[Any]) -> dict[str, Any]:
     return get_type_hints(kind)
+
+
+def _shown(value: object) -> str:
+    """A value as Python writes it, cut short where it is long or deep."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 100
+    return short.repr(value)
 
 
 def _join(path: str, key: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -88,7 +89,7 @@ def open_data(
         RecipeError: an option is wrong or has no meaning for this model.
         DataError: there is no such source, or it cannot feed these inputs.
     """
-    if options.samples is not None and options.samples < 1:
+    if options.samples is not None and not 1 <= options.samples <= sys.maxsize:
         raise RecipeError(f"--samples is {options.samples}: give 1 or more, or leave it out.")
     if not isinstance(source, (str, Path)):
         label = f"the Python {type(source).__name__}"

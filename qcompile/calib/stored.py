@@ -26,6 +26,7 @@ import numpy as np
 from qcompile.calib.feeds import Feed, InputSpec, Sample, only_input
 from qcompile.errors import DataError
 
+_UNPACKED, _RATIO = 1 << 30, 100  # what a `.npz` may unpack to: bytes, and times its own size
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -55,6 +56,11 @@ def _mapped(path: Path, inputs: Sequence[InputSpec]) -> Iterator[Feed]:
             zipfile.ZipFile(path) as archive,
         ):
             arrays: Feed = {}
+            size = sum(member.file_size for member in archive.infolist())
+            if size > max(_UNPACKED, _RATIO * path.stat().st_size):
+                raise DataError(
+                    f"{path} unpacks to {size} bytes, more than {_RATIO} times its own: save it with np.savez."
+                )
             for index, name in enumerate(archive.namelist()):
                 copy = Path(folder, str(index))
                 with archive.open(name) as member, copy.open("wb") as file:

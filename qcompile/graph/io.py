@@ -22,7 +22,7 @@ from google.protobuf.message import DecodeError
 from onnx import numpy_helper  # noqa: TID251
 
 from qcompile.errors import ModelError, OutputError
-from qcompile.graph import wire
+from qcompile.graph import trust, wire
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -32,7 +32,9 @@ logger = logging.getLogger(__name__)
 MAX_OPSET = 27  # onnxruntime 1.32 has no QuantizeLinear kernel at 28
 # protobuf stops at 2 GiB: weights of more than this go to a data file
 EXTERNAL_BYTES = 1_900_000_000
-_UNREADABLE = (ValueError, TypeError, KeyError, RuntimeError, AttributeError, OSError)
+_UNREADABLE = (
+    ValueError, TypeError, KeyError, IndexError, RuntimeError, AttributeError, OverflowError, OSError,
+)  # fmt: skip
 
 
 def load(source: str | Path | ir.Model | onnx.ModelProto, *, mapped: bool = False) -> ir.Model:
@@ -43,15 +45,11 @@ def load(source: str | Path | ir.Model | onnx.ModelProto, *, mapped: bool = Fals
         mapped: large weights inside the file stay there, too: they are read as if they were external data.
 
     Raises:
-        ModelError: `source` is missing, not an ONNX model, truncated, or lacks its external data.
+        ModelError: `source` is missing, not an ONNX model, truncated, lacks its external data, or says of itself what
+            cannot be: see `qcompile.graph.trust`.
     """
-    if isinstance(source, ir.Model):
-        return _checked(_unshared(source.clone()), "the model given")
-    if isinstance(source, onnx.ModelProto):
-        try:
-            return _checked(_unshared(ir.from_proto(_dense(source))), "the model given")
-        except _UNREADABLE as error:
-            raise ModelError(f"the model given is not valid: {error}.") from error
+    if isinstance(source, ir.Model | onnx.ModelProto):
+        return _from_memory(source)
     path = Path(source)
     try:
         if not path.exists():
@@ -61,7 +59,7 @@ def load(source: str | Path | ir.Model | onnx.ModelProto, *, mapped: bool = Fals
         if not os.access(path, os.R_OK):
             raise ModelError(f"{path} cannot be read: check its permissions.")
         model = ir.from_proto(_dense(_read(path, mapped=mapped)))
-        ir.external_data.set_base_dir(model.graph, path.parent)
+        trust.set_folder(model, path.parent)
         _trust(model, path.resolve())
     except DecodeError as error:
         raise ModelError(
@@ -69,9 +67,32 @@ def load(source: str | Path | ir.Model | onnx.ModelProto, *, mapped: bool = Fals
             "export or copy it again."
         ) from error
     except _UNREADABLE as error:
-        raise ModelError(f"{path} cannot be read as an ONNX model: {error}.") from error
-    _check_external(model, path, read=mapped)
+        raise ModelError(f"{path} cannot be read as an ONNX model: {_reason(error)}.") from error
+    trust.check(model, str(path), path)
     return _checked(model, str(path))
+
+
+def _from_memory(source: ir.Model | onnx.ModelProto) -> ir.Model:
+    """A copy whose tensors share the caller's numbers."""
+    where, outside = "the model given", None
+    try:
+        if isinstance(source, ir.Model):
+            model = source.clone()
+        else:
+            model, outside = ir.from_proto(_dense(source)), Path(where)
+            trust.set_folder(model, Path())  # it does not say where its data is: here, or nowhere
+        trust.check(model, where, outside)
+        return _checked(_unshared(model), where)
+    except _UNREADABLE as error:
+        raise ModelError(f"{where} is not valid: {_reason(error)}.") from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of the cause of all; those of `onnx_ir` quote what they failed at, whole."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0][:300].rstrip(".")
 
 
 def _read(path: Path, *, mapped: bool) -> onnx.ModelProto:
@@ -107,6 +128,8 @@ def _dense(model: onnx.ModelProto) -> onnx.ModelProto:
     copied.CopyFrom(model)
     for sparse in copied.graph.sparse_initializer:
         values, index = map(numpy_helper.to_array, (sparse.values, sparse.indices))
+        stored = values.nbytes + index.nbytes
+        trust.check_dense(sparse.dims, stored, values.itemsize, sparse.values.name)
         dense = np.zeros(tuple(sparse.dims), values.dtype)
         if index.ndim == 1:  # into the flat tensor
             dense.reshape(-1)[index] = values
@@ -138,37 +161,6 @@ def _unnamed(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
             tensor.numpy(), tensor.dtype, shape=tensor.shape, name=tensor.name, doc_string=tensor.doc_string
         )  # fmt: skip
     return copy.copy(tensor)
-
-
-def _check_external(model: ir.Model, path: Path, *, read: bool) -> None:
-    """Raises ModelError where external data is missing, or is to be `read` and onnx_ir would refuse that."""
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            tensor = value.const_value
-            if not isinstance(tensor, ir.ExternalTensor):
-                continue
-            file = Path(tensor.path)
-            if not file.exists():
-                raise ModelError(
-                    f"the external data of tensor {value.name!r} is missing: {file} does not "
-                    f"exist. Put it beside {path.name}."
-                )
-            wanted = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
-            if file.stat().st_size < wanted:
-                raise ModelError(
-                    f"the external data of tensor {value.name!r} is truncated: {file} has "
-                    f"{file.stat().st_size} bytes of at least {wanted}. Copy it again."
-                )
-            if read and tensor.base_dir and not _inside(file, Path(tensor.base_dir)):
-                raise ModelError(
-                    f"the external data of tensor {value.name!r} is refused: {file} is a link, or lies outside of "
-                    f"the folder of {path.name}. Copy both into one folder."
-                )
-
-
-def _inside(file: Path, folder: Path) -> bool:
-    """Whether a file is in a folder, links followed, and in no other: what else a model names may be a secret."""
-    return file.resolve().is_relative_to(folder.resolve()) and file.stat().st_nlink == 1
 
 
 def weight_bytes(model: ir.Model) -> int:

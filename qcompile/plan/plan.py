@@ -130,6 +130,8 @@ def load_plan(path: Path) -> Plan:
     where = f"plan {path}"
     try:
         table = json.loads(read_text(path, where))
+    except RecursionError as error:
+        raise RecipeError(f"{where} is nested too deeply.") from error
     except ValueError as error:
         raise RecipeError(f"{where} is not valid JSON: {error}.") from error
     if not isinstance(table, dict) or table.pop("version", None) != VERSION:

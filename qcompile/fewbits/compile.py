@@ -16,7 +16,7 @@ from passes.smooth_linear import SmoothLinear
 from qcompile.calib.split import Judges
 from qcompile.errors import RecipeError
 from qcompile.fewbits.assign import Assignment, assign
-from qcompile.fewbits.scales import AWQ, find_scales
+from qcompile.fewbits.scales import AWQ, SCALED, find_scales
 from qcompile.fewbits.sequential import Found, solve_in_order, solve_plain, tally
 from qcompile.finish import latency_rows, peak_rss
 from qcompile.graph import io
@@ -27,6 +27,7 @@ from qcompile.opened import Opened
 from qcompile.progress import Progress
 from qcompile.report import GOOD, INACCURATE, NOT_FASTER, Result, write_report
 from qcompile.run.session import Feed, Options, Session, version
+from qcompile.solve.smoothing import Smoothing
 from qcompile.step import run_pass
 from qcompile.verify.compare import Comparison
 from qcompile.verify.kernels import optimized
@@ -63,8 +64,10 @@ def compile_weights(
     """
     assignment = assign(opened.prepared, opened.recipe, opened.original)
     prepared = opened.prepared
-    if opened.recipe.algorithm == AWQ:
-        prepared = _scaled(opened, assignment, show)
+    scales = _scales(opened, assignment, show)
+    if scales:
+        prepared = opened.prepared.clone()
+        run_pass(SmoothLinear(scales), prepared)
         assignment = assign(prepared, opened.recipe, opened.original)
     found = _solve(opened, prepared, assignment, show) if assignment.chosen else {}
     model = prepared.clone()
@@ -100,30 +103,30 @@ def compile_weights(
     return result
 
 
-def _scaled(opened: Opened, assignment: Assignment, show: Progress) -> ir.Model:
-    """The prepared graph with scales of inputs moved into the matrices, which computes the same in float.
+def _scales(opened: Opened, assignment: Assignment, show: Progress) -> dict[str, Smoothing]:
+    """The scales of inputs that the algorithm begins with.
 
     Raises:
-        RecipeError: there is no data.
+        RecipeError: it needs data, and there is none.
     """
-    if opened.samples is None:
+    samples, chosen, algorithm = opened.samples, assignment.chosen, opened.recipe.algorithm
+    if samples is None and algorithm == AWQ:
         raise RecipeError(
             "algorithm 'awq' scales weights by the inputs they meet: give calibration data with --data."
         )
-    chosen = assignment.chosen
+    if samples is None or algorithm not in SCALED or not chosen:
+        return {}
     with show.stage("scaling inputs") as step:
         found = find_scales(
-            opened.prepared, chosen, opened.samples.few(_SCALED), _judges(opened.samples), opened.facts,
-            opened.recipe, lambda: step(1, None),
+            opened.prepared, chosen, samples.few(_SCALED), _judges(samples), opened.facts, opened.recipe,
+            lambda: step(1, None),
         )  # fmt: skip
-    model = opened.prepared.clone()
-    outcome = run_pass(SmoothLinear(found), model)
-    matrices = sum(len(one.nodes) for one in found.values())
-    opened.notes.append(
-        f"Inputs of {matrices - len(outcome.skipped)} of {len(chosen)} matrices are scaled, and what makes them by the inverse (AWQ); "
-        "of the others no constant before takes the scale, or held-out samples do not gain."
-    )
-    return model
+    if found or algorithm == AWQ:
+        opened.notes.append(
+            f"Inputs of {sum(len(one.nodes) for one in found.values())} of {len(chosen)} matrices are scaled, and what makes"
+            " them by the inverse (AWQ); of the others no constant before takes the scale, or held-out samples do not gain."
+        )
+    return found
 
 
 def _judges(samples: Judges) -> list[Feed]:

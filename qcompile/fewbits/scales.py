@@ -28,6 +28,10 @@ from qcompile.solve.smoothing import LinearGroup, Smoothing, linear_groups, matr
 
 Array = npt.NDArray[Any]
 AWQ = "awq"  # the algorithm by name: these scales, then those of blocks that are best for the power of inputs
+SCALED = (AWQ, "auto", "all")  # algorithms that begin with these scales
+_FINE = 8  # bits, from which on nothing is left to gain
+_ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8)
+_ROWS = 256
 _MEMORY = 1 << 28  # bytes of second moments at once
 
 
@@ -53,15 +57,17 @@ def find_scales(
     groups = [
         group
         for group in linear_groups(prepared, facts, schemes)[0]
-        if group.place is not None and len({schemes[name] for name in group.nodes}) == 1
+        if group.place is not None
+        and len({schemes[name] for name in group.nodes}) == 1
+        and schemes[group.nodes[0]].bits < _FINE
     ]
     found: dict[str, Smoothing] = {}
 
     def one(group: LinearGroup, H: Array, judge: Array) -> tuple[LinearGroup, Scaled]:
         scheme = schemes[group.nodes[0]]
         made = find_scale(
-            [matrix(nodes[name]).T for name in group.nodes], H, judge, bits=scheme.bits, block=scheme.block,
-            symmetric=scheme.symmetric, clip=True,
+            [_some(matrix(nodes[name]).T) for name in group.nodes], H, judge, bits=scheme.bits,
+            block=scheme.block, symmetric=scheme.symmetric, clip=True, alphas=_ALPHAS,
         )  # fmt: skip
         tick()
         return group, made
@@ -76,6 +82,11 @@ def find_scales(
                         error_before=made.before, error_after=made.after,
                     )  # fmt: skip
     return found
+
+
+def _some(W: Array) -> Array:
+    """Up to `_ROWS` rows of a matrix, evenly spread: they tell the best exponent as well as all."""
+    return W[:: -(-len(W) // _ROWS)]
 
 
 def _within(groups: Sequence[LinearGroup], nodes: Mapping[str, ir.Node]) -> list[list[LinearGroup]]:

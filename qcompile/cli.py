@@ -48,7 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("QCOMPILE_DEBUG"):
             raise
         if isinstance(error, FileNotFoundError):
-            return _fail(2, f"{error.filename} does not exist, or was removed meanwhile.")
+            return _fail(
+                2, f"{Path(str(error.filename))} does not exist, or was removed meanwhile."
+            )
         return _fail(2, str(error))
     except ImportError as error:
         if os.environ.get("QCOMPILE_DEBUG"):

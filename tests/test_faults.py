@@ -383,4 +383,6 @@ def test_external_data_by_an_absolute_path(desk: Desk) -> None:
             if entry.key == "location":
                 entry.value = str(desk / "e.bin")
     onnx.save(model, desk / "e.onnx")
-    assert "e.bin" in desk.refused("e.onnx")
+    said = desk.refused("e.onnx")
+    assert "e.onnx" in said
+    assert "Absolute path not allowed" in said or "e.bin" in said  # ORT 1.32, and those before

@@ -115,6 +115,10 @@ class Session:
             self._session = ort.InferenceSession(
                 self._source(model, settings), settings, providers=["CPUExecutionProvider"]
             )
+        except (
+            OSError
+        ):  # not ORT's: a file that weights are read from is gone, or there is no room for a copy
+            raise
         except Exception as error:  # ORT raises a dozen unrelated classes
             if self.options.optimized and "serialization failed" in str(error):
                 raise no_room(self.options.optimized.parent, "the optimized graph") from error

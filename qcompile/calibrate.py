@@ -24,6 +24,7 @@ from qcompile.calib.statistics import (
 from qcompile.errors import OutputError, RecipeError
 from qcompile.graph import io
 from qcompile.graph.digest import digest
+from qcompile.graph.publish import check_apart, check_writable
 from qcompile.opened import Opened, open_model, versions
 from qcompile.prepare import PASSES
 from qcompile.progress import Progress, Silent
@@ -121,11 +122,11 @@ def _place(
     place = Path(output) if output is not None else Path(str(path)).with_suffix(SUFFIX)
     inputs = {"the model": path, "the data": Path(data) if isinstance(data, str | Path) else None}
     inputs |= {f"{file}, which is merged,": Path(file) for file in merged}
-    io.check_apart(place, inputs)
+    check_apart(place, inputs)
     if path is not None:
         for file in io.external_files(io.load(path)):
-            io.check_apart(place, {"the external data of the model": file})
-    io.check_writable(place)
+            check_apart(place, {"the external data of the model": file})
+    check_writable(place)
     if place.exists() and not store.is_statistics(place):
         raise OutputError(
             f"{place} exists and holds no statistics: choose another file with -o, or remove it."

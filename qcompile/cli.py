@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcompile.errors import PassError, QcompileError, RecipeError, printable
+from qcompile.errors import OutputError, PassError, QcompileError, RecipeError, printable
 from qcompile.options import COMMANDS, parser_of, recipe_of
 
 if TYPE_CHECKING:
@@ -47,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (QcompileError, OSError) as error:
         if os.environ.get("QCOMPILE_DEBUG"):
             raise
+        if isinstance(error, FileNotFoundError):
+            return _fail(
+                2, f"{Path(str(error.filename))} does not exist, or was removed meanwhile."
+            )
         return _fail(2, str(error))
     except ImportError as error:
         if os.environ.get("QCOMPILE_DEBUG"):
@@ -63,21 +67,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("QCOMPILE_DEBUG"):
             raise
         return _fail(2, "the model is nested too deeply: export it with fewer bodies in bodies.")
-    except KeyboardInterrupt:
-        return _fail(130, "interrupted.")
+    except KeyboardInterrupt as error:
+        return _fail(getattr(error, "code", 130), "interrupted.")
 
 
-def entry() -> None:
-    """The console script."""
+def run() -> int:
+    """`main` for a process of its own: whatever becomes of its streams, the exit code tells how it went."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by `>&-`
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - for good
     for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show is no error
         getattr(stream, "reconfigure", lambda **_: None)(errors="backslashreplace")
     try:
-        code = main()
-        sys.stdout.flush()
+        return main()
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    sys.exit(code)
+        _drop()
+        return 0
+
+
+def _drop() -> None:
+    """What still waits for stdout goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(words: list[str]) -> int:
@@ -94,15 +104,25 @@ def _run(words: list[str]) -> int:
         raise RecipeError(f"the command comes first: qcompile {late} ...") from error
     with contextlib.redirect_stdout(sys.stderr):  # a user's data function may print
         answer = _RUN[command](args)
-    if args.json:
-        print(json.dumps(answer.table, indent=1, allow_nan=False))  # noqa: T201 - what stdout is for
-    else:
-        answer.show()
+    try:
+        if args.json:
+            print(json.dumps(answer.table, indent=1, allow_nan=False))  # noqa: T201 - what stdout is for
+        else:
+            answer.show()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop()
+        raise OutputError(
+            f"the answer could not be printed: {error.strerror}. The files asked for are written."
+        ) from error
     return answer.code
 
 
 def _fail(code: int, sentence: str) -> int:
-    sys.stderr.write(f"qcompile: {printable(sentence)}\n")
+    with contextlib.suppress(OSError):  # then the exit code has to tell it
+        sys.stderr.write(f"qcompile: {printable(sentence)}\n")
     return code
 
 
@@ -128,7 +148,7 @@ def _progress(args: argparse.Namespace) -> Progress:
 
 def _run_compile(args: argparse.Namespace) -> Answer:
     from qcompile.compiler import compile_model  # noqa: PLC0415
-    from qcompile.graph.io import check_apart  # noqa: PLC0415
+    from qcompile.graph.publish import check_apart  # noqa: PLC0415
     from qcompile.plan.plan import load_plan  # noqa: PLC0415
     from qcompile.show import show_result  # noqa: PLC0415
 

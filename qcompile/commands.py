@@ -15,6 +15,7 @@ from qcompile.calib.split import Samples
 from qcompile.errors import ModelError, RecipeError
 from qcompile.graph import io
 from qcompile.graph.edit import graphs
+from qcompile.graph.publish import check_apart, check_writable, write_text
 from qcompile.inputs import MADE_UP, input_specs, running, stand_in
 from qcompile.kv_session import open_session, timed
 from qcompile.opened import open_model
@@ -51,14 +52,13 @@ def plan_model(
     fixed = None if forms is None else load_plan(forms)
     if output is not None:
         data_file = None if data is None else Path(data)
-        io.check_apart(output, {"the model": Path(model), "the calibration data": data_file})
-        io.check_writable(output)
+        check_apart(output, {"the model": Path(model), "the calibration data": data_file})
+        check_writable(output)
     opened = open_model(model, data, recipe, None, progress)
     request = dataclasses.replace(opened.request(fixed), calibrated=True)
     plan = make_plan(opened.prepared, opened.target, opened.facts, request)
     if output is not None:
-        with io.atomic(output) as path:
-            path.write_text(plan.to_json(), "utf-8")
+        write_text(output, plan.to_json())
     return plan
 
 

@@ -38,6 +38,14 @@ class PassError(QcompileError):
     """A pass broke its own contract: a defect of qcompile, not of its input."""
 
 
+def no_room(folder: object, reason: object) -> OutputError:
+    """The error of a temporary file that could not be written to `folder`."""
+    return OutputError(
+        f"a temporary file could not be written to {folder} ({reason}): free space there, or set TMPDIR"
+        " to another folder."
+    )
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?` for the known name closest to `word`; empty if none is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from qcompile.budget import pareto
 from qcompile.errors import ModelError, OutputError
 from qcompile.graph import io
+from qcompile.graph.publish import check_apart, check_writable
 from qcompile.kv_apply import apply_kv_cache, with_cache
 from qcompile.kv_session import open_session, timed
 from qcompile.opened import Opened
@@ -77,12 +78,12 @@ def output_path(
         place = path.with_name(f"{path.stem}.{label}.onnx")
     else:
         place = Path(output)
-    io.check_apart(place, {"the input": path, **(inputs or {})})
+    check_apart(place, {"the input": path, **(inputs or {})})
     if place.suffix in _TEXT:
         raise OutputError(
             f"{place} is named as text, and ONNX models are not: end its name in .onnx."
         )
-    io.check_writable(place)
+    check_writable(place)
     return place
 
 
@@ -109,10 +110,10 @@ def finish(
             f"the result is not a valid model: {complaint}. This is a defect of qcompile."
         )
     _describe(best.model, shop, best)
+    before = _size(opened.path, opened.original)  # if the model is gone by now, nothing is written
     if place is not None:
         with show.stage("writing"):
             io.save(best.model, place)
-    before = _size(opened.path, opened.original)
     after = _size(place, best.model)
     speedup = min(row["speedup"] for row in feeds)
     warnings = [*history.warnings, *_warnings(opened, shop, best, deployed, kernels)]

@@ -42,7 +42,8 @@ class Bar:
         if not self._terminal:
             start = time.perf_counter()
             yield lambda done, new_total: None
-            sys.stderr.write(f"{title}: {time.perf_counter() - start:.1f} s\n")
+            with contextlib.suppress(OSError):  # a log that is full is no reason to stop
+                sys.stderr.write(f"{title}: {time.perf_counter() - start:.1f} s\n")
             return
         from rich.console import Console  # noqa: PLC0415 - keeps `qcompile --help` quick
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn  # noqa: PLC0415

@@ -12,6 +12,7 @@ from typing import Any
 
 from qcompile.errors import OutputError
 from qcompile.figure import draw_points
+from qcompile.graph.publish import atomic, write_text
 
 GOOD, WRONG_INPUT, INACCURATE, NOT_FASTER = 0, 2, 3, 4
 
@@ -278,13 +279,17 @@ def write_report(folder: Path, result: Result, plan: str | None = None) -> None:
     texts = {"report.json": result.to_json(), "report.md": to_markdown(result)}
     if plan is not None:
         texts["plan.json"] = plan
+    model = f" The model is whole: {result.output}." if result.output else ""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
-            (folder / name).write_text(text, "utf-8")
+            write_text(folder / name, text)
         if result.search is not None:
-            draw_points(result.search, folder / "pareto.png")
+            with atomic(folder / "pareto.png") as picture:
+                draw_points(result.search, picture)
     except OSError as error:
         raise OutputError(
-            f"the report could not be written to {folder}: {error.strerror}."
+            f"the report could not be written to {folder}: {error.strerror}.{model}"
         ) from error
+    except OutputError as error:
+        raise OutputError(f"{error}{model}") from error

@@ -23,6 +23,7 @@ from qcompile.algo.blocks import Blocked
 from qcompile.errors import ModelError, PassError, QcompileError, RecipeError
 from qcompile.graph import io
 from qcompile.graph.linear import Linear, find_linears
+from qcompile.graph.publish import atomic, check_apart, data_file
 from qcompile.keep import match_patterns
 from qcompile.progress import Progress, Silent, Step
 from qcompile.quant.nbits import BLOCKS, Layout
@@ -158,8 +159,8 @@ def quantize_large(
         files = {path.resolve(), *(file.resolve() for file in io.external_files(model))}
         for file in sorted(files):
             what = "the model" if file == path.resolve() else "a data file of the model"
-            io.check_apart(output, {what: file})
-            io.check_apart(io.data_file(output), {what: file})
+            check_apart(output, {what: file})
+            check_apart(data_file(output), {what: file})
         before = sum(file.stat().st_size for file in files)
         run_pass(NameNodes(), model)
         entries = _assign(model, settings)
@@ -264,10 +265,10 @@ def _written(
         for name in work.weights():
             if name in outcome.skipped:
                 raise PassError(f"{name} was to be rounded: {outcome.skipped[name]}.")
-        with io.atomic(output) as temporary:
+        with atomic(output) as temporary:
             with progress.stage("rounding weights", len(jobs)) as work.step:
                 work.save(model, temporary)
-            files = (temporary, io.data_file(temporary))
+            files = (temporary, data_file(temporary))
             after = sum(file.stat().st_size for file in files if file.exists())
             with progress.stage("checking the result"):
                 checks = _checked(temporary, jobs, settings.checks)

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Folders and top-level modules. `qcompile` is the public face; it imports the rest when names are used.
 ORDER = (
-    "errors", "version", "progress", "table", "limits", "resident", "quant", "graph", "step", "targets", "run", "plan",
+    "errors", "version", "interrupt", "progress", "table", "limits", "resident", "quant", "graph", "step", "targets", "run", "plan",
     "calib", "recipe", "algo", "solve", "passes", "prepare", "decode", "kv", "build", "pieces", "timing", "verify", "kv_session", "figure", "report", "inputs",
     "keep", "spot", "stream", "opened", "kv_apply", "workshop", "accept", "faster", "tune", "predict", "improve", "budget", "referee", "frontier", "search", "finish", "fewbits", "compiler", "calibrate", "harm", "gains", "layers", "commands", "survey",
     "show", "words", "option_groups", "options", "cli", "__main__", "qcompile",

@@ -24,7 +24,7 @@ from qcompile.calib.histogram import SIGN, Histogram, Window
 from qcompile.calib.statistics import SUFFIX, Key, Shard, Statistics
 from qcompile.calib.stats import Channels, Extremes, TensorStats
 from qcompile.errors import DataError
-from qcompile.graph import io
+from qcompile.graph.publish import atomic
 from qcompile.run.session import Feed
 
 FORMAT = 1
@@ -57,7 +57,7 @@ def save(found: Statistics, path: Path) -> None:
         "forced": list(found.forced), "tensors": tensors,
         **{kind: [[[n, m, str(a.dtype)] for n, m, a in feed] for feed in listed] for kind, listed in feeds.items()},
     }  # fmt: skip
-    with io.atomic(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+    with atomic(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         _write(archive, _TEXT, json.dumps(text, indent=1, allow_nan=False).encode(), packed=True)
         for kind, parts in cut.arrays.items():
             whole = np.concatenate([np.zeros(0, _KINDS[kind]), *parts], dtype=_KINDS[kind])

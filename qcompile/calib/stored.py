@@ -12,7 +12,6 @@ A fixed leading dimension other than 1 therefore keeps a batch whole.
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import zipfile
 import zlib
@@ -20,11 +19,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
 from qcompile.calib.feeds import Feed, InputSpec, Sample, only_input
-from qcompile.errors import DataError
+from qcompile.errors import DataError, no_room
 
 _UNPACKED, _RATIO = 1 << 30, 100  # what a `.npz` may unpack to: bytes, and times its own size
 Shapes = Mapping[str, tuple[int, ...]]
@@ -63,8 +63,8 @@ def _mapped(path: Path, inputs: Sequence[InputSpec]) -> Iterator[Feed]:
                 )
             for index, name in enumerate(archive.namelist()):
                 copy = Path(folder, str(index))
-                with archive.open(name) as member, copy.open("wb") as file:
-                    shutil.copyfileobj(member, file)
+                with archive.open(name) as member:
+                    _unpack(member, copy)
                 arrays[name.removesuffix(".npy")] = load(copy)
             yield arrays
     except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
@@ -72,6 +72,16 @@ def _mapped(path: Path, inputs: Sequence[InputSpec]) -> Iterator[Feed]:
             f"{path} is no array file that can be read ({error}): save numbers or strings"
             " with np.save or np.savez, without pickled objects."
         ) from error
+
+
+def _unpack(member: IO[bytes], copy: Path) -> None:
+    """Raises: OutputError if there is no room for the copy."""
+    try:
+        with copy.open("wb") as file:
+            while part := member.read(1 << 20):  # what is wrong with the archive is no OSError
+                file.write(part)
+    except OSError as error:
+        raise no_room(copy.parent, error.strerror) from error
 
 
 def split(arrays: Feed, inputs: Sequence[InputSpec]) -> tuple[int, Shapes]:

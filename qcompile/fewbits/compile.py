@@ -89,13 +89,17 @@ def compile_weights(
         verdicts = _verdicts(model, weights, opened)
         feeds = latency_rows(opened, session)
     _describe(model, opened)
+    # if the model is gone by now, nothing is written
+    size = (
+        io.file_bytes(opened.path) if opened.path is not None else io.weight_bytes(opened.original)
+    )
     if place is not None:
         with show.stage("writing"):
             io.save(model, place)
     left = [(item.name, item.node.op_type, why) for item, why in assignment.left]
     left += [(name, "MatMul", why) for name, why in outcome.skipped.items() if name in weights]
     result = _result(
-        opened, place, (deployed, exact), verdicts, feeds, left, found, assignment, start
+        opened, place, (deployed, exact), verdicts, feeds, left, found, assignment, start, size
     )
     result = with_cache(result, kv)
     if report is not None:
@@ -187,7 +191,7 @@ def _describe(model: ir.Model, opened: Opened) -> None:
 def _result(
     opened: Opened, place: Path | None, compared: tuple[Comparison, Comparison],
     verdicts: tuple[list[dict[str, str]], Counter[str]], feeds: list[dict[str, Any]],
-    left: Sequence[tuple[str, str, str]], found: Found, assignment: Assignment, start: float,
+    left: Sequence[tuple[str, str, str]], found: Found, assignment: Assignment, start: float, size: int,
 ) -> Result:  # fmt: skip
     deployed, exact = compared
     rows, counts = verdicts
@@ -224,9 +228,6 @@ def _result(
     if reason:
         warnings.insert(0, reason)
     schemes = {item.name: str(scheme) for item, scheme in assignment.chosen}
-    size = (
-        io.file_bytes(opened.path) if opened.path is not None else io.weight_bytes(opened.original)
-    )
     return Result(
         model=None if opened.path is None else str(opened.path), output=None if place is None else str(place),
         target=opened.target.name, recipe=recipe.name, format="qdq" if recipe.keeps_weights else "nbits", ranges="none",

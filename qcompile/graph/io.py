@@ -10,8 +10,6 @@ import contextlib
 import copy
 import logging
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,11 +19,12 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 from onnx import numpy_helper  # noqa: TID251
 
-from qcompile.errors import ModelError, OutputError
+from qcompile.errors import ModelError
 from qcompile.graph import trust, wire
+from qcompile.graph.publish import atomic, data_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
 
 logger = logging.getLogger(__name__)
 
@@ -226,11 +225,6 @@ def external_files(model: ir.Model) -> set[Path]:
     }
 
 
-def data_file(path: Path) -> Path:
-    """Where the weights of the model at `path` stand if they are many."""
-    return path.with_name(f"{path.name}.data")
-
-
 def save(model: ir.Model, path: Path) -> None:
     """`path` (and `path`.data for large weights) hold the model; each is replaced only when whole.
 
@@ -252,81 +246,6 @@ def write(model: ir.Model, path: Path) -> None:
         return
     with path.open("wb") as file:
         wire.write(model, file)
-
-
-@contextlib.contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A path in a fresh folder beside `path`; what was written there becomes `path` at the end.
-
-    A data file beside it, named by `data_file`, moves along: both are replaced, or neither is.
-
-    Raises:
-        OutputError: the folder is missing or cannot be written, or the disk is full.
-    """
-    folder = None
-    try:
-        check_writable(path)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:40]}.", dir=path.parent))
-        yield folder / path.name
-        _publish(folder / path.name, path)
-    except OSError as error:
-        raise OutputError(f"{path} could not be written: {error.strerror or error}.") from error
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _publish(made: Path, path: Path) -> None:
-    """The files move to their places; if one cannot, what stood there is there again."""
-    data, place, old = data_file(made), data_file(path), made.with_name("old")
-    if not data.exists():
-        made.replace(path)
-        return
-    if place.exists():
-        place.replace(old)
-    try:
-        data.replace(place)
-        made.replace(path)
-    except BaseException:
-        place.unlink(missing_ok=True)
-        if old.exists():
-            old.replace(place)
-        raise
-
-
-def check_writable(path: Path) -> None:
-    """Nothing, if a file can be created at `path`.
-
-    Raises:
-        OutputError: it cannot.
-    """
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder: name a file with -o.")
-    if path.exists() and not path.is_file():
-        raise OutputError(
-            f"{path} cannot be written: it is no ordinary file. Choose another with -o."
-        )
-    if not path.parent.is_dir():
-        raise OutputError(f"the folder {path.parent} does not exist: create it, or change -o.")
-    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise OutputError(
-            f"{path} cannot be written: check permissions, or choose another with -o."
-        )
-
-
-def check_apart(place: Path, inputs: Mapping[str, Path | None]) -> None:
-    """Nothing, if `place` is none of the files that are read; `inputs` are named for people.
-
-    Raises:
-        OutputError: writing it would destroy one of them.
-    """
-    for kind, path in inputs.items():
-        if path is None or not path.exists() or not place.exists():
-            continue
-        if place.samefile(path):
-            raise OutputError(f"{place} is {kind} itself: choose another file with -o.")
-        if path.is_dir() and place.resolve().is_relative_to(path.resolve()):  # of samples
-            raise OutputError(f"{place} is a file of {kind}: choose another file with -o.")
 
 
 def check(model: ir.Model) -> str | None:

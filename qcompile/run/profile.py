@@ -13,6 +13,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from qcompile.errors import no_room
 from qcompile.run.session import Feed, Options, Session
 
 _SUFFIX = re.compile(r"_token_\d+$|_nchwc$|_int$")  # what ORT's transformers, and ours, append
@@ -54,6 +55,7 @@ def kernels(model: ir.Model | Path, feed: Feed, *, threads: int, runs: int = 8) 
 
     Raises:
         ModelError: ORT refuses or cannot run the model.
+        OutputError: the profile cannot be written to the folder for temporary files.
     """
     with tempfile.TemporaryDirectory(prefix="qcompile-") as folder:
         session = Session(
@@ -61,7 +63,11 @@ def kernels(model: ir.Model | Path, feed: Feed, *, threads: int, runs: int = 8) 
         )
         for _ in range(runs + _WARM_UP):
             session.run(feed)
-        events = json.loads(session.end_profiling().read_text("utf-8"))
+        text = session.end_profiling().read_text("utf-8")
+    try:
+        events = json.loads(text)
+    except ValueError as error:  # ONNX Runtime does not tell that the file came to an end
+        raise no_room(folder, "ONNX Runtime's profile is cut off") from error
     times: dict[tuple[str, str], list[float]] = defaultdict(list)
     shapes: dict[tuple[str, str], tuple[int, ...]] = {}
     for event in events:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import onnxruntime as ort
 
-from qcompile.errors import ModelError, RefusedError
+from qcompile.errors import ModelError, RefusedError, no_room
 from qcompile.graph import io
 from qcompile.graph.skeleton import SHARED_BYTES, skeleton
 
@@ -91,6 +91,7 @@ class Session:
 
         Raises:
             RefusedError: a ModelError, ORT refuses the model; the message is ORT's first line.
+            OutputError: it cannot write a file.
         """
         self.options = options or Options()
         settings = ort.SessionOptions()
@@ -114,7 +115,13 @@ class Session:
             self._session = ort.InferenceSession(
                 self._source(model, settings), settings, providers=["CPUExecutionProvider"]
             )
+        except (
+            OSError
+        ):  # not ORT's: a file that weights are read from is gone, or there is no room for a copy
+            raise
         except Exception as error:  # ORT raises a dozen unrelated classes
+            if self.options.optimized and "serialization failed" in str(error):
+                raise no_room(self.options.optimized.parent, "the optimized graph") from error
             which = model if isinstance(model, Path) else title
             raise RefusedError(f"ONNX Runtime refuses {which}: {_first_line(error)}") from error
         self.inputs = tuple(map(_info, self._session.get_inputs()))

@@ -14,7 +14,7 @@ import pytest
 from networks import conv_net, from_text, linear_net, rows, samples, save
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
-from torture import session
+from regressions.case import session
 from workbench import QUICK, weight
 
 from qcompile import Recipe, Result, compile_model

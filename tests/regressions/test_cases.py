@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from regressions import control_flow, names, operators, types_and_values
-from regressions.case import Case, Truth
+from regressions.all_cases import CASES
+from regressions.case import Case, Truth, feeds
 from regressions.recipes import FRESH, RECIPES, assert_answered, small_models_pay
 
-CASES = {
-    name: make
-    for file in (names, operators, control_flow, types_and_values)
-    for name, make in file.case.makers.items()
-}
+from qcompile import QcompileError, compile_model
 
 
 @pytest.fixture(autouse=True)
@@ -36,3 +33,13 @@ def opened(name: str) -> tuple[Case, Truth | None]:
 def test_case(name: str, recipe: str, tmp_path: Path) -> None:
     case, truth = opened(name)
     assert_answered(case, truth, recipe, tmp_path)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_quantized_caches_want_caches(name: str, tmp_path: Path) -> None:
+    """None of these models is a decoder; what is wrong with it otherwise may be said first."""
+    case, _ = opened(name)
+    words = "no input is joined with new tokens"
+    with pytest.raises(QcompileError, match=re.escape(case.refused.get("", words))):
+        compile_model(case.model, feeds(case, 2, 0), output=tmp_path / "y.onnx", recipe="kv-cache")
+    assert not list(tmp_path.iterdir())

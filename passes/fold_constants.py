@@ -116,7 +116,7 @@ def _fold(
         if not isinstance(result, np.ndarray) or result.dtype == np.object_:
             outcome.skipped[node.name or ""] = "its result is not a tensor of numbers"
             continue
-        constant = add_initializer(graph, names, f"{value.name}_folded", result)
+        constant = _copied(value) or add_initializer(graph, names, f"{value.name}_folded", result)
         if value.is_graph_output():
             for use in value.uses():
                 use.node.replace_input_with(use.idx, constant)
@@ -127,6 +127,15 @@ def _fold(
         if all(not value.uses() and not value.is_graph_output() for value in node.outputs):
             graph.remove(node, safe=True)
     return True
+
+
+def _copied(value: ir.Value) -> ir.Value | None:
+    """The initializer that only Identities stand before: a fold would store it once more."""
+    source: ir.Value | None = value
+    while source is not None and is_op(node := source.producer(), "Identity"):
+        assert node is not None
+        source = node.inputs[0]
+    return source if source is not None and source is not value and _is_constant(source) else None
 
 
 def _outer(node: ir.Node, inside: set[ir.Node]) -> list[ir.Value]:

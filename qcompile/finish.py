@@ -258,8 +258,11 @@ def _exit_code(
 
 def _no_reason(shop: Workshop, best: Attempt, opened: Opened) -> str:
     rows = kept_float(shop, best.plan)
-    if opened.samples is None and _waiting(best):
-        return "its Conv nodes need calibration data, give it with --data."
+    waiting = _waiting(best) if opened.samples is None else []
+    if waiting:
+        first, more = waiting[0].node, len(waiting) - 1
+        who = f"Conv {first} and {more} more like it need" if more else f"Conv {first} needs"
+        return f"{who} calibration data, give it with --data."
     if rows:
         return f"{rows[0]['op']} {rows[0]['node']}: {rows[0]['why']}."
     return "the model has no node with an integer kernel."

@@ -14,7 +14,7 @@ import pytest
 from networks import conv_net, from_text, linear_net, rows, samples, save
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
-from torture import session
+from regressions.case import session
 from workbench import QUICK, weight
 
 from qcompile import Recipe, Result, compile_model
@@ -259,7 +259,7 @@ def test_no_data_for_a_model_of_convolutions() -> None:
     result = compile_model(conv_net(), recipe=QUICK)
     assert result.exit_code == NOT_FASTER
     assert (
-        "nothing was quantized: its Conv nodes need calibration data, give it with --data."
+        "nothing was quantized: Conv /conv0/Conv and 2 more like it need calibration data, give it with --data."
         in result.warnings
     )
 

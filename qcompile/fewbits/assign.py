@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
 import onnx_ir as ir
 
 from qcompile.errors import RecipeError
+from qcompile.graph.chain import Stored, follow
+from qcompile.graph.edit import graphs, is_op
 from qcompile.graph.linear import Linear, find_linears
 from qcompile.keep import match_patterns
 from qcompile.recipe import Recipe
 
+_WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum", "LSTM", "GRU", "RNN")
 TABLE_BITS = 8  # of heads that are the table of embeddings as well, unless a pattern says otherwise
 _LEAST = 1 << 12  # weights: a smaller matrix costs more in kernels than it saves
 
@@ -79,6 +83,21 @@ def assign(model: ir.Model, recipe: Recipe, original: ir.Model) -> Assignment:
         bits = asked.get(item.name, usual)
         chosen.append((item, Scheme(bits, recipe.block, recipe.symmetric)))
     return Assignment(tuple(_shared(chosen)), tuple(left))
+
+
+def others(model: ir.Model, listed: AbstractSet[ir.Node]) -> list[tuple[str, str, str]]:
+    """(name, operator, reason) of nodes with constant weights that are no products with a matrix."""
+    return [
+        (node.name or "", node.op_type, f"kernels for weights of few bits take no {node.op_type}")
+        for graph in graphs(model)
+        for node in graph
+        if is_op(node, *_WEIGHTED) and node not in listed and any(map(_is_weight, node.inputs[:2]))
+    ]
+
+
+def _is_weight(value: ir.Value | None) -> bool:
+    found = follow(value)
+    return isinstance(found, Stored) and found.dtype.is_floating_point()
 
 
 def _shared(chosen: Sequence[tuple[Linear, Scheme]]) -> list[tuple[Linear, Scheme]]:

@@ -15,7 +15,7 @@ from passes.lower_nbits import LowerNbits
 from passes.smooth_linear import SmoothLinear
 from qcompile.calib.split import Judges
 from qcompile.errors import RecipeError
-from qcompile.fewbits.assign import Assignment, assign
+from qcompile.fewbits.assign import Assignment, assign, others
 from qcompile.fewbits.scales import AWQ, SCALED, find_scales
 from qcompile.fewbits.sequential import Found, solve_in_order, solve_plain, tally
 from qcompile.finish import latency_rows, peak_rss
@@ -97,6 +97,8 @@ def compile_weights(
         with show.stage("writing"):
             io.save(model, place)
     left = [(item.name, item.node.op_type, why) for item, why in assignment.left]
+    listed = {item.node for item, _ in (*assignment.chosen, *assignment.left)}
+    left += others(prepared, listed)
     left += [(name, "MatMul", why) for name, why in outcome.skipped.items() if name in weights]
     result = _result(
         opened, place, (deployed, exact), verdicts, feeds, left, found, assignment, start, size
@@ -210,6 +212,13 @@ def _result(
     smaller = "the result is smaller, but"
     if recipe.keeps_weights:
         smaller = "the caches are smaller, but the result is"
+    goal = None
+    if opened.samples is not None and found and deployed.worst_db < recipe.sqnr_goal:
+        goal = recipe.sqnr_goal
+        warnings.append(
+            f"The worst output slice has {deployed.worst_db:.1f} dB SQNR, below the goal of {goal:g} dB: "
+            "judge the result by your own metric, or give some matrices more bits (--bits-for) or none (--keep-float)."
+        )
     code, reason = GOOD, ""
     if deployed.problems():
         code = INACCURATE
@@ -217,7 +226,11 @@ def _result(
         code, reason = (
             NOT_FASTER,
             "nothing was quantized: "
-            + (left[0][2] if left else "the model has no product with constant weights")
+            + (
+                "{1} {0}: {2}".format(*left[0])
+                if left
+                else "the model has no product with constant weights"
+            )
             + ".",
         )
     elif worst["speedup"] < 1.0:
@@ -244,7 +257,7 @@ def _result(
                  "held_out": opened.samples.held_out_count if opened.samples else 0},
         warnings=warnings, notes=[*opened.notes, *_notes(found, recipe.accuracy_level, opened)],
         next_command=f"qcompile verify {opened.path or 'MODEL.onnx'} {place or 'RESULT.onnx'} --data SAMPLES",
-        exit_code=code, plan=[
+        exit_code=code, goal_missed=goal, plan=[
             {"node": name, "op": "", "form": "weight", "weight": schemes[name], "why": one.algorithm}
             for name, (_, one) in found.items()
         ],

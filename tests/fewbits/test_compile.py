@@ -254,3 +254,32 @@ def test_a_broken_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert told.startswith("qcompile: ")
     assert "b.onnx" in told
     assert len(told.splitlines()) == 1
+
+
+def test_an_error_above_the_goal_is_told() -> None:
+    """One channel of the activation is 200 times as large, and its weights as much smaller."""
+    large = np.where(np.arange(32) == 3, 200, 1).astype(np.float32)
+    model = from_text(
+        "g (float[N,32] x) => (float[N,32] y) { h = Mul(x, k) y = MatMul(h, w) }",
+        k=large, w=weight(32, 32) / large[:, None],
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    data = [{"x": rng.normal(size=(8, 32)).astype(np.float32)} for _ in range(10)]
+    recipe = dataclasses.replace(INT4, bits=8, bits_for=("MatMul=8",))
+    told = compile_model(model, data, recipe=recipe)
+    assert told.goal_missed == 18
+    assert any("below the goal of 18 dB" in warning for warning in told.warnings)
+    content = compile_model(model, data, recipe=dataclasses.replace(recipe, sqnr_goal=3.0))
+    assert content.goal_missed is None
+    assert not any("below the goal" in warning for warning in content.warnings)
+
+
+def test_what_has_no_kernel_is_named() -> None:
+    model = from_text(
+        "g (float[1,4,8,8] x) => (float[1,4,6,6] y) { [c] y = Conv(x, w) }",
+        w=np.ones((4, 4, 3, 3), np.float32),
+    )
+    result = compile_model(model, recipe=INT4)
+    why = "kernels for weights of few bits take no Conv"
+    assert result.kept_float == [{"node": "c", "op": "Conv", "why": why}]
+    assert result.warnings[0] == f"nothing was quantized: Conv c: {why}."

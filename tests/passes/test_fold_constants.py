@@ -31,6 +31,14 @@ def test_a_weight_behind_a_chain(chain: str, folded: str) -> None:
     )
 
 
+def test_what_identities_copy_is_stored_once() -> None:
+    assert_rewrites(
+        FoldConstants(),
+        before=f"{HEAD} <{W}> {{ h = MatMul(x, w) u = Identity(w) v = Identity(u) y = MatMul(h, v) }}",
+        after=f"{HEAD} <{W}> {{ h = MatMul(x, w) y = MatMul(h, w) }}",
+    )
+
+
 def test_nodes_with_several_outputs() -> None:
     outcome = assert_rewrites(
         FoldConstants(),

@@ -107,7 +107,9 @@ def _check_numbers(value: ir.Value, tensor: ir.TensorProtocol) -> None:
     if tensor.size == 1 and not weighs:
         return
     values = tensor.numpy()
-    if np.isfinite(values.min()) and np.isfinite(values.max()):  # as NaN is both; makes no copy
+    with np.errstate(invalid="ignore"):  # bfloat16 warns of NaN
+        low, high = values.min(), values.max()
+    if np.isfinite(low) and np.isfinite(high):  # as NaN is both; makes no copy
         return
     wrong = ~np.isfinite(values) if weighs else np.isnan(values)
     if not wrong.any():

@@ -94,6 +94,15 @@ def test_weights_of_other_widths(dtype: Any) -> None:
         check_compilable(model(nodes, w=with_value(np.inf, dtype=dtype)))
 
 
+def test_a_table_of_bfloat16_with_nan() -> None:
+    """NumPy would warn."""
+    made = model("c = Cast<to=1>(w) y = Add(x, c)", w=W)
+    values = ir.DataType.BFLOAT16.numpy().type
+    made.graph.initializers["w"].const_value = ir.Tensor(with_value(np.nan, dtype=values), name="w")
+    with pytest.raises(ModelError, match="weight 'w' holds nan at index"):
+        check_compilable(made)
+
+
 def test_weights_that_bodies_read() -> None:
     text = """g (float[N,4] x, bool b) => (float[N,4] y) { y = If (b) <
         then_branch = t () => (float[N,4] q) { q = MatMul(x, w) },

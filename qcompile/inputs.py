@@ -143,7 +143,7 @@ def stand_in(specs: list[InputSpec]) -> Feed:
         if not spec.required:
             continue
         dims = [
-            d if isinstance(d, int) and d > 0 else (1 if axis == 0 else _dynamic(spec.name))
+            d if isinstance(d, int) and d >= 0 else (1 if axis == 0 else _dynamic(spec.name))
             for axis, d in enumerate(spec.shape or ())
         ]
         if math.prod(dims) > _MOST_MADE_UP:

@@ -152,11 +152,12 @@ def test_stand_in() -> None:
             InputSpec("flag", np.dtype(bool), ()),
             InputSpec("text", np.dtype(object), (2,)),
             InputSpec("given", f32, (2,), required=False),
+            InputSpec("none", f32, (0, 4)),
         ]
     )
     assert {name: (value.shape, value.dtype) for name, value in feed.items()} == {
         "x": ((1, 3, 8, 64), f32), "ids": ((1, 64), i64), "past_key": ((1, 4, 0, 16), f32),
-        "flag": ((), np.dtype(bool)), "text": ((2,), np.dtype(object)),
+        "flag": ((), np.dtype(bool)), "text": ((2,), np.dtype(object)), "none": ((0, 4), f32),
     }  # fmt: skip
     assert (feed["ids"] == 1).all()
     again = stand_in([InputSpec("x", f32, (None, 3, 8, "W"))])

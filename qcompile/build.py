@@ -61,7 +61,8 @@ def build(
     if form == "fused":
         run_pass(LowerInteger(plan), model)
     run_pass(GuardFloat(plan), model)
-    if form == "qdq" and model.opset_imports.get("", _QDQ_OPSET) < _QDQ_OPSET:
+    low = model.opset_imports.get("", _QDQ_OPSET) < _QDQ_OPSET
+    if form == "qdq" and plan.quantizes and low:
         model = io.convert_opset(model, _QDQ_OPSET)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         run_pass(NameNodes(), model)

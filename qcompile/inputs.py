@@ -107,7 +107,9 @@ def _check_numbers(value: ir.Value, tensor: ir.TensorProtocol) -> None:
     if tensor.size == 1 and not weighs:
         return
     values = tensor.numpy()
-    if np.isfinite(values.min()) and np.isfinite(values.max()):  # as NaN is both; makes no copy
+    with np.errstate(invalid="ignore"):  # bfloat16 warns of NaN
+        low, high = values.min(), values.max()
+    if np.isfinite(low) and np.isfinite(high):  # as NaN is both; makes no copy
         return
     wrong = ~np.isfinite(values) if weighs else np.isnan(values)
     if not wrong.any():
@@ -141,7 +143,7 @@ def stand_in(specs: list[InputSpec]) -> Feed:
         if not spec.required:
             continue
         dims = [
-            d if isinstance(d, int) and d > 0 else (1 if axis == 0 else _dynamic(spec.name))
+            d if isinstance(d, int) and d >= 0 else (1 if axis == 0 else _dynamic(spec.name))
             for axis, d in enumerate(spec.shape or ())
         ]
         if math.prod(dims) > _MOST_MADE_UP:

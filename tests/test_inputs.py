@@ -94,6 +94,15 @@ def test_weights_of_other_widths(dtype: Any) -> None:
         check_compilable(model(nodes, w=with_value(np.inf, dtype=dtype)))
 
 
+def test_a_table_of_bfloat16_with_nan() -> None:
+    """NumPy would warn."""
+    made = model("c = Cast<to=1>(w) y = Add(x, c)", w=W)
+    values = ir.DataType.BFLOAT16.numpy().type
+    made.graph.initializers["w"].const_value = ir.Tensor(with_value(np.nan, dtype=values), name="w")
+    with pytest.raises(ModelError, match="weight 'w' holds nan at index"):
+        check_compilable(made)
+
+
 def test_weights_that_bodies_read() -> None:
     text = """g (float[N,4] x, bool b) => (float[N,4] y) { y = If (b) <
         then_branch = t () => (float[N,4] q) { q = MatMul(x, w) },
@@ -143,11 +152,12 @@ def test_stand_in() -> None:
             InputSpec("flag", np.dtype(bool), ()),
             InputSpec("text", np.dtype(object), (2,)),
             InputSpec("given", f32, (2,), required=False),
+            InputSpec("none", f32, (0, 4)),
         ]
     )
     assert {name: (value.shape, value.dtype) for name, value in feed.items()} == {
         "x": ((1, 3, 8, 64), f32), "ids": ((1, 64), i64), "past_key": ((1, 4, 0, 16), f32),
-        "flag": ((), np.dtype(bool)), "text": ((2,), np.dtype(object)),
+        "flag": ((), np.dtype(bool)), "text": ((2,), np.dtype(object)), "none": ((0, 4), f32),
     }  # fmt: skip
     assert (feed["ids"] == 1).all()
     again = stand_in([InputSpec("x", f32, (None, 3, 8, "W"))])

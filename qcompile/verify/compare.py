@@ -127,7 +127,7 @@ class Reference:
         values = self._session.run(feed)
         if self._where is not None:
             self._check(values, self._where(number))
-        size = sum(np.asarray(value).nbytes for value in values)
+        size = sum(map(_nbytes, values))
         if number == len(self._kept) and size <= self._room:
             self._room -= size
             self._kept.append(values)
@@ -168,3 +168,8 @@ class Reference:
                         error.bad, error.count = error.bad + max(y.size, 1), error.count + 1
             seen += 1
         return Comparison(errors, seen)
+
+
+def _nbytes(value: Any) -> int:
+    """Bytes of an output, which may be a sequence of arrays of several shapes, or nothing."""
+    return sum(map(_nbytes, value)) if isinstance(value, list) else getattr(value, "nbytes", 0)

@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 from rewrites import parse, random_feed
 
+from qcompile.errors import ModelError
 from qcompile.run.probe import Fact, inferred, probe
 
 F32, I64, BOOL = (np.dtype(kind) for kind in (np.float32, np.int64, np.bool_))
@@ -152,6 +153,8 @@ def test_a_model_of_nothing_but_sequences() -> None:
     facts = probe(model, {"p": np.array(True)})
     assert facts["p"] == Fact(BOOL, ())
     assert "y" not in facts
+    with pytest.raises(ModelError, match="cannot run the model"):
+        probe(model, {"p": np.zeros(3, bool)})
 
 
 def test_the_model_is_left_alone() -> None:

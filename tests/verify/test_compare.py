@@ -193,6 +193,17 @@ def test_sequences_are_left_out() -> None:
     assert found.worst_db == np.inf
 
 
+def test_sequences_of_several_shapes_are_left_out() -> None:
+    text = (
+        "g (float[3] x) => (seq(float[?]) s, float[3] y) <int64[2] n = {1, 2}> "
+        "{ s = SplitToSequence(x, n) y = Neg(x) }"
+    )
+    samples = [{"x": np.ones(3, np.float32)}]
+    found = Reference(session(text), lambda: iter(samples), {}).compare(session(text))
+    assert found.worst_db == np.inf
+    assert found.outputs["y"][0].count == 3
+
+
 def test_nothing_compared() -> None:
     empty = Comparison({"y": [Error(Part("all"))]}, 0)
     assert empty.worst_db == np.inf

@@ -110,8 +110,8 @@ def _reach(carriers: Sequence[Carrier], channels: int) -> Array:
         for r in c.readers
         if r.reach is not None
     ]
-    if not found:
+    reach = np.max(found, axis=0) if found else np.ones(channels)
+    if not reach.any():  # weights of zeros
         return np.ones(channels)
-    reach = np.max(found, axis=0)
     made: Array = np.maximum(reach, _FLOOR * reach.max())
     return made

@@ -61,6 +61,13 @@ def test_weights_of_zeros_have_no_reach() -> None:
         best_scale([Carrier(peak, peak**2, (zero,))])
 
 
+def test_a_bound_of_zero_keeps_all_scales() -> None:
+    """Behind Clip(x, 0, 0) nothing can be scaled."""
+    peak = np.array([1.0, 2.0, 0.1, 3.0])
+    with np.errstate(all="raise"):
+        best_scale([Carrier(peak, peak**2, (Reader(peak, None),))], limit=0.0)
+
+
 def test_functions_of_another_opset() -> None:
     model = from_text("g (float[N,4] x) => (float[N,4] y) { y = Relu(x) }")
     model.graph.node[0].op_type, model.graph.node[0].domain = "F", "mine"

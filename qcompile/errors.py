@@ -57,3 +57,9 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def brief(error: BaseException) -> str:
+    """The first line of what an error says, cut short: libraries quote what they were given, whole."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0][:300].rstrip(".")

@@ -19,7 +19,7 @@ from passes.fuse_hard_swish import FuseHardSwish
 from passes.inline_if import InlineIf
 from passes.name_nodes import NameNodes
 from passes.pool_to_conv import PoolToConv
-from qcompile.errors import ModelError, RefusedError
+from qcompile.errors import ModelError, RefusedError, brief
 from qcompile.graph import io
 from qcompile.graph.edit import drop_unread
 from qcompile.run.probe import Fact, probe
@@ -99,10 +99,18 @@ def prepare(
 
     Local functions are inlined, the opset is raised where 8-bit types need it, Constant nodes
     become initializers, unread nodes go.
+
+    Raises:
+        ModelError: the functions are of another opset than the model.
     """
     if (model.ir_version or 0) < 4:  # initializers had to be inputs as well; nobody feeds them
         common.RemoveInitializersFromInputsPass()(model)
-    common.InlinePass()(model)
+    try:
+        common.InlinePass()(model)
+    except ValueError as error:
+        raise ModelError(
+            f"the functions of the model cannot be expanded: {brief(error)}."
+        ) from error
     low = model.opset_imports.get("", OPSET) < OPSET and RAISING not in without
     if low and io.weight_bytes(model) < io.EXTERNAL_BYTES:
         try:

@@ -92,7 +92,7 @@ def find_best(
 
 def choose_ranges(shop: Workshop, plan: Plan, form: Format, history: History) -> Attempt:
     """The range method of least error on held-out samples."""
-    methods = shop.methods if plan.of(Form.STATIC) else ("none",)
+    methods = shop.methods if plan.of(Form.STATIC, Form.FREE) else ("none",)
     attempts = []
     with shop.progress.stage("solving and checking", len(methods)) as step:
         for method in methods:

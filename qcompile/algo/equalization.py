@@ -89,7 +89,7 @@ def best_scale(
     peaks = np.stack([np.maximum(c.peak, _FLOOR * max(c.peak.max(), 1e-30)) for c in carriers])
     peak = np.exp(np.log(peaks / peaks.max(axis=1, keepdims=True)).mean(axis=0))
     reach = _reach(carriers, len(peak))
-    least = 0.0 if np.isinf(limit) else np.minimum(margin * peaks.max(axis=0) / limit, 1.0)
+    least = _least(peaks.max(axis=0), limit, margin)
     none = predicted_error(carriers, np.ones(len(peak)))
     best, found = (1 - _GAIN) * none, None
     for alpha in ALPHAS:
@@ -102,6 +102,13 @@ def best_scale(
     return found
 
 
+def _least(peak: Array, limit: float, margin: float) -> Array | float:
+    """The least scales with which channels stay below the limit, at most 1."""
+    if np.isinf(limit):
+        return 0.0
+    return np.minimum(margin * peak / limit, 1.0) if limit > 0 else np.ones_like(peak)
+
+
 def _reach(carriers: Sequence[Carrier], channels: int) -> Array:
     """How far weights reach by input channel, relative to their rows; 1 where no dense layer reads."""
     found = [
@@ -110,8 +117,8 @@ def _reach(carriers: Sequence[Carrier], channels: int) -> Array:
         for r in c.readers
         if r.reach is not None
     ]
-    if not found:
+    reach = np.max(found, axis=0) if found else np.ones(channels)
+    if not reach.any():  # weights of zeros
         return np.ones(channels)
-    reach = np.max(found, axis=0)
     made: Array = np.maximum(reach, _FLOOR * reach.max())
     return made

@@ -164,8 +164,7 @@ def _ahead(gram: Array, wanted: Array, qmin: int, qmax: int) -> Array:
     """The codes of `sequential`: (G, K, K), (G, K, O) -> (G, K, O)."""
     depth = gram.shape[1]
     kind = np.float64 if depth <= _SMALL else np.float32
-    firm = gram + _DAMP * np.eye(depth)
-    root = np.linalg.cholesky(firm[:, ::-1, ::-1])[:, ::-1, ::-1]
+    root = _root(gram)
     share = (root / np.einsum("gkk->gk", root)[:, None]).astype(kind)
     codes, off = np.empty_like(wanted), np.empty(wanted.shape, kind)
     for first in range(0, depth, _BLOCK):
@@ -177,6 +176,19 @@ def _ahead(gram: Array, wanted: Array, qmin: int, qmax: int) -> Array:
             codes[:, k] = np.clip(np.rint(wish), qmin, qmax)
             off[:, k] = wanted[:, k] - codes[:, k]
     return codes
+
+
+def _root(gram: Array) -> Array:
+    """R of H = R R', damped as much as it takes: rounding of sums may leave H indefinite."""
+    eye, damp = np.eye(gram.shape[1]), _DAMP
+    while damp <= 1:
+        try:
+            root: Array = np.linalg.cholesky((gram + damp * eye)[:, ::-1, ::-1])[:, ::-1, ::-1]
+        except np.linalg.LinAlgError:
+            damp *= 10
+        else:
+            return root
+    return np.broadcast_to(eye, gram.shape)  # each coordinate for itself
 
 
 def _together(

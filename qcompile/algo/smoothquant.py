@@ -122,8 +122,11 @@ class Product:
         self._rows = np.concatenate([sample.rows for sample in samples])
         self._low = np.stack([sample.low for sample in samples])
         self._high = np.stack([sample.high for sample in samples])
-        self._result = self._rows @ weight
-        power = np.square(self._result).sum(axis=1, dtype=np.float64)
+        with np.errstate(
+            over="ignore", invalid="ignore"
+        ):  # what is infinite has no error to compare
+            self._result = self._rows @ weight
+            power = np.square(self._result, dtype=np.float64).sum(axis=1)
         sums = np.bincount(self._owner, power, len(samples))
         mean = sums / np.maximum(counts, 1)
         self._power = power + _SHARE * mean[self._owner] + 1e-30
@@ -135,9 +138,12 @@ class Product:
             scale: s, float32 (K,); None for 1.
             keep: channels that stay float.
         """
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self._error(scale, list(keep))
+
+    def _error(self, scale: Array | None, kept: list[int]) -> float:
         inverse = np.ones(len(self._weight), np.float32) if scale is None else 1 / scale
         weight = self._weight if scale is None else self._weight * scale[:, None]
-        kept = list(keep)
         if kept:
             inverse, weight = inverse.copy(), weight.copy()
             inverse[kept], weight[kept] = 0, 0
@@ -147,7 +153,7 @@ class Product:
         if kept:
             made += self._rows[:, kept] @ self._weight[kept]
         made -= self._result
-        noise = np.square(made).sum(axis=1, dtype=np.float64)
+        noise = np.square(made, dtype=np.float64).sum(axis=1)
         return float((noise / self._power).mean()) if len(noise) else 0.0
 
     def _codes(self, inverse: Array) -> tuple[Array, Array]:

@@ -220,7 +220,10 @@ class Gatherer:
         if x.size and not (x.min() >= self._low and x.max() <= self._high):
             kept = np.all((x >= self._low) & (x <= self._high), axis=1)
             x = x[:, :, kept[0]] if len(x) == 1 else np.where(kept[:, None], x, np.float32(0))
-        self._matrix += np.matmul(x, x.transpose(0, 2, 1))
+        with np.errstate(
+            over="ignore", invalid="ignore"
+        ):  # such sums are infinite, and nobody's scale
+            self._matrix += np.matmul(x, x.transpose(0, 2, 1))
         self._sums += x.sum(axis=2, dtype=np.float64)
         self._count += kept.sum(axis=1)
 

@@ -10,6 +10,7 @@ import dataclasses
 import io as streams
 import json
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ import numpy.typing as npt
 from qcompile.calib.histogram import SIGN, Histogram, Window
 from qcompile.calib.statistics import SUFFIX, Key, Shard, Statistics
 from qcompile.calib.stats import Channels, Extremes, TensorStats
-from qcompile.errors import DataError
+from qcompile.errors import DataError, brief
 from qcompile.graph.publish import atomic
 from qcompile.run.session import Feed
 
@@ -37,7 +38,7 @@ _INFLATED, _RATIO = 256 << 20, 100  # what a file may unpack to: bytes, and time
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # of every member: the clock must not be in the bytes
 _UNREADABLE = (
     OSError, EOFError, ValueError, KeyError, TypeError, IndexError, AttributeError, zipfile.BadZipFile,
-    zlib.error, NotImplementedError, RuntimeError, OverflowError, MemoryError, RecursionError,
+    zlib.error, tokenize.TokenError, SyntaxError, NotImplementedError, RuntimeError, OverflowError, MemoryError, RecursionError,
 )  # fmt: skip
 
 
@@ -108,7 +109,7 @@ def load(path: Path) -> Statistics:
         return _statistics(text, arrays, feeds)
     except _UNREADABLE as error:
         raise DataError(
-            f"{path} is no statistics file, or is damaged ({type(error).__name__}: {error}): make it anew "
+            f"{path} is no statistics file, or is damaged ({type(error).__name__}: {brief(error)}): make it anew "
             "with `qcompile calibrate`."
         ) from error
 

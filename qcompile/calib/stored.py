@@ -13,6 +13,7 @@ A fixed leading dimension other than 1 therefore keeps a batch whole.
 from __future__ import annotations
 
 import tempfile
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,9 +25,14 @@ from typing import IO
 import numpy as np
 
 from qcompile.calib.feeds import Feed, InputSpec, Sample, only_input
-from qcompile.errors import DataError, no_room
+from qcompile.errors import DataError, brief, no_room
 
 _UNPACKED, _RATIO = 1 << 30, 100  # what a `.npz` may unpack to: bytes, and times its own size
+# The header of an array is a Python literal, which numpy splits into tokens.
+_UNREADABLE = (
+    OSError, EOFError, ValueError, TypeError, RuntimeError, OverflowError, SyntaxError, tokenize.TokenError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -67,9 +73,9 @@ def _mapped(path: Path, inputs: Sequence[InputSpec]) -> Iterator[Feed]:
                     _unpack(member, copy)
                 arrays[name.removesuffix(".npy")] = load(copy)
             yield arrays
-    except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    except _UNREADABLE as error:
         raise DataError(
-            f"{path} is no array file that can be read ({error}): save numbers or strings"
+            f"{path} is no array file that can be read ({brief(error)}): save numbers or strings"
             " with np.save or np.savez, without pickled objects."
         ) from error
 

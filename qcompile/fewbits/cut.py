@@ -75,6 +75,7 @@ def part_model(
     values = dict(graph.initializers)
     values |= {v.name or "": v for v in graph.inputs}
     values |= {v.name or "": v for node in graph for v in node.outputs}
+    graph.outputs.clear()  # what is one may pass into the part as well
     for name in part.reads:
         old = values[name]
         known = facts[name].dtype if name in facts else None
@@ -86,7 +87,6 @@ def part_model(
         ir.convenience.replace_all_uses_with(old, new)
         graph.inputs.append(new)
         values[name] = new
-    graph.outputs.clear()
     graph.outputs.extend(values[name] for name in outputs)
     drop_unread(clone)
     read = {id(v) for node in graph.all_nodes() for v in node.inputs} | {

@@ -99,7 +99,7 @@ def even(rows: Array) -> Array:
     Args:
         rows: float32 (rows, K).
     """
-    power = np.square(rows).mean(axis=1, dtype=np.float64)
+    power = np.square(rows, dtype=np.float64).mean(axis=1)
     usual = float(np.median(power)) if len(rows) else 0.0
     factor: Array = (1 / np.sqrt(power + _SHARE * usual + 1e-30)).astype(np.float32)
     return factor[:, None]

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError
 from onnx import numpy_helper  # noqa: TID251
 
-from qcompile.errors import ModelError
+from qcompile.errors import ModelError, brief
 from qcompile.graph import trust, wire
 from qcompile.graph.publish import atomic, data_file
 
@@ -87,11 +87,10 @@ def _from_memory(source: ir.Model | onnx.ModelProto) -> ir.Model:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of the cause of all; those of `onnx_ir` quote what they failed at, whole."""
+    """What the cause of all says."""
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0][:300].rstrip(".")
+    return brief(error)
 
 
 def _read(path: Path, *, mapped: bool) -> onnx.ModelProto:

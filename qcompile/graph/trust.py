@@ -26,6 +26,11 @@ _LEAST_DENSE, _DENSITY = (
 )  # a sparse weight takes so many bytes, or so many times its own
 _MOST_DENSE = 1 << 31
 _COMPLEX = (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128)
+_FIELDS = {
+    ir.DataType.FLOAT: "float_data", ir.DataType.COMPLEX64: "float_data", ir.DataType.DOUBLE: "double_data",
+    ir.DataType.COMPLEX128: "double_data", ir.DataType.INT64: "int64_data", ir.DataType.UINT32: "uint64_data",
+    ir.DataType.UINT64: "uint64_data",
+}  # fmt: skip
 _PACKED = (2, 4)  # bits of the types that share the bytes of `int32_data`
 
 
@@ -52,7 +57,7 @@ def check(model: ir.Model, where: str, path: Path | None) -> None:
         else:
             _check_inline(tensor, label, where)
     _check_functions(model, where)
-    _check_names(model, where)
+    _check_nodes(model, where)
 
 
 def check_dense(dims: Sequence[int], stored: int, item: int, name: str) -> None:
@@ -136,8 +141,7 @@ def _check_inline(tensor: ir.TensorProtocol, label: str, where: str) -> None:
         if proto.HasField("raw_data"):
             held, wanted, unit = len(proto.raw_data), -(-size * bits // 8), "bytes"
         else:
-            fields = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
-            held, unit = sum(len(getattr(proto, field)) for field in fields), "numbers"
+            held, unit = len(getattr(proto, _FIELDS.get(tensor.dtype, "int32_data"))), "numbers"
             wanted = size * (2 if tensor.dtype in _COMPLEX else 1)
             wanted = -(-size * bits // 8) if bits in _PACKED else wanted
     else:
@@ -247,11 +251,15 @@ def _check_functions(model: ir.Model, where: str) -> None:
         )
 
 
-def _check_names(model: ir.Model, where: str) -> None:
+def _check_nodes(model: ir.Model, where: str) -> None:
     """What is not UTF-8, protobuf gives as bytes; texts made in Python may hold half a surrogate pair."""
     for graph in _graphs(model):
         names = [value.name for value in (*graph.inputs, *graph.initializers.values())]
         for node in graph:
+            if not node.outputs:
+                raise ModelError(
+                    f"{where}: node {node.name!r} ({node.op_type}) has no outputs: export the model again."
+                )
             names += [node.name, node.op_type, node.domain, *(value.name for value in node.outputs)]
         for name in names:
             if not _is_text(name):

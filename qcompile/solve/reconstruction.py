@@ -35,6 +35,9 @@ from qcompile.solve.weights import Weight, can_saturate, gemm_bias
 Array = npt.NDArray[Any]
 
 _MEMORY = 256 << 20
+_MOST_SUMS = (
+    1 << 30
+)  # bytes for one layer: inputs of 8,192 elements; rows of more are left as they are
 _RIDGE = 0.1  # of the mean diagonal
 _ITERATIONS = 4
 
@@ -94,7 +97,7 @@ def reconstruct(
 ) -> tuple[dict[str, Weight], dict[str, Gain]]:  # fmt: skip
     """All weights, those with better codes among them, and the gain of each of these, by node name.
 
-    Scales and zero points stay. Codes do not become ones that overflow 16 bits if the old ones did not.
+    Scales and zero points stay, and all of layers whose rows are so long that H would take a GiB. Codes do not become ones that overflow 16 bits if the old ones did not.
 
     Args:
         prepared: the float graph.
@@ -112,7 +115,11 @@ def reconstruct(
         tick: called after each layer.
     """
     done, gains = dict(weights), dict[str, Gain]()
-    layers = list(_layers(prepared, plan, found, weights, means or {}))
+    layers = [
+        layer
+        for layer in _layers(prepared, plan, found, weights, means or {})
+        if 16 * layer.shape.groups * layer.shape.depth**2 <= _MOST_SUMS
+    ]
     by_tensor: dict[str, list[_Layer]] = {}
     for layer in layers:
         by_tensor.setdefault(layer.tensor, []).append(layer)

@@ -57,6 +57,15 @@ def test_every_gain_is_one(bench: Bench) -> None:
     assert all(0 < gain.after < 0.8 * gain.before for gain in gains.values())
 
 
+def test_layers_with_huge_moments_are_left(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "qcompile.solve.reconstruction._MOST_SUMS", 16 * 36**2 - 1
+    )  # 4 channels, 3 x 3
+    before, after, gains = searched(bench)
+    assert gains == {}
+    assert after == before
+
+
 def test_only_codes_and_biases_change(bench: Bench) -> None:
     before, after, gains = searched(bench)
     for name in gains:

@@ -21,6 +21,7 @@ from qcompile.fewbits.sequential import Found, solve_in_order, solve_plain, tall
 from qcompile.finish import latency_rows, peak_rss
 from qcompile.graph import io
 from qcompile.graph.edit import graphs
+from qcompile.graph.skeleton import release
 from qcompile.kv_apply import apply_kv_cache, with_cache
 from qcompile.kv_session import open_session
 from qcompile.opened import Opened
@@ -73,6 +74,7 @@ def compile_weights(
     model = prepared.clone()
     weights = {name: blocked for name, (blocked, _) in found.items()}
     outcome = run_pass(LowerNbits(weights, accuracy_level=opened.recipe.accuracy_level), model)
+    release(opened.original)  # and with it what was read of the prepared graph, to be solved
     with show.stage("loading the result"):
         session = opened.session  # of the same weights, and large
         if not opened.recipe.keeps_weights:

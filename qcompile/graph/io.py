@@ -210,7 +210,9 @@ def _weights_inside(model: ir.Model) -> Iterator[None]:
 
 def file_bytes(path: Path) -> int:
     """Size of a model on disk, with the external data files it names."""
-    files = {path, *external_files(ir.load(path, format="protobuf"))}
+    model = ir.from_proto(_read(path, mapped=True))  # weights are not read
+    ir.external_data.set_base_dir(model.graph, path.parent)
+    files = {file.resolve() for file in (path, *external_files(model))}
     return sum(file.stat().st_size for file in files)
 
 

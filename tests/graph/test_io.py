@@ -208,6 +208,8 @@ def test_a_large_model_has_a_data_file(tmp_path: Path, monkeypatch: pytest.Monke
     (entry,) = [e.value for e in proto.graph.initializer[0].external_data if e.key == "location"]
     assert entry == "big.onnx.data"
     assert io.file_bytes(path) == path.stat().st_size + 1600
+    (tmp_path / "link.onnx").symlink_to(path)
+    assert io.file_bytes(tmp_path / "link.onnx") == path.stat().st_size + 1600
     assert not isinstance(given.graph.initializers["w"].const_value, ir.ExternalTensor)
     feed = random_feed(given)
     monkeypatch.undo()

@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from fuzz_graphs import Drawn, Feed, draw
-from torture import LEVELS, session
+from regressions.case import LEVELS, session
 
 from qcompile import compile_model
 from qcompile.errors import PassError, QcompileError

@@ -16,7 +16,7 @@ from passes.smooth_linear import SmoothLinear
 from qcompile.calib.split import Judges
 from qcompile.errors import RecipeError
 from qcompile.fewbits.assign import Assignment, assign, others
-from qcompile.fewbits.scales import AWQ, SCALED, find_scales
+from qcompile.fewbits.scales import AWQ, find_scales
 from qcompile.fewbits.sequential import Found, solve_in_order, solve_plain, tally
 from qcompile.finish import latency_rows, peak_rss
 from qcompile.graph import io
@@ -117,23 +117,22 @@ def _scales(opened: Opened, assignment: Assignment, show: Progress) -> dict[str,
     Raises:
         RecipeError: it needs data, and there is none.
     """
-    samples, chosen, algorithm = opened.samples, assignment.chosen, opened.recipe.algorithm
-    if samples is None and algorithm == AWQ:
+    samples, chosen = opened.samples, assignment.chosen
+    if opened.recipe.algorithm != AWQ:
+        return {}
+    if samples is None:
         raise RecipeError(
             "algorithm 'awq' scales weights by the inputs they meet: give calibration data with --data."
         )
-    if samples is None or algorithm not in SCALED or not chosen:
-        return {}
     with show.stage("scaling inputs") as step:
         found = find_scales(
             opened.prepared, chosen, samples.few(_SCALED), _judges(samples), opened.facts, opened.recipe,
             lambda: step(1, None),
         )  # fmt: skip
-    if found or algorithm == AWQ:
-        opened.notes.append(
-            f"Inputs of {sum(len(one.nodes) for one in found.values())} of {len(chosen)} matrices are scaled, and what makes"
-            " them by the inverse (AWQ); of the others no constant before takes the scale, or held-out samples do not gain."
-        )
+    opened.notes.append(
+        f"Inputs of {sum(len(one.nodes) for one in found.values())} of {len(chosen)} matrices are scaled, and what makes"
+        " them by the inverse (AWQ); of the others no constant before takes the scale, or held-out samples do not gain."
+    )
     return found
 
 

@@ -28,7 +28,6 @@ from qcompile.solve.smoothing import LinearGroup, Smoothing, linear_groups, matr
 
 Array = npt.NDArray[Any]
 AWQ = "awq"  # the algorithm by name: these scales, then those of blocks that are best for the power of inputs
-SCALED = (AWQ, "auto", "all")  # algorithms that begin with these scales
 _FINE = 8  # bits, from which on nothing is left to gain
 _ALPHAS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8)
 _ROWS = 256

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from qcompile.errors import DataError, ModelError
 from qcompile.graph import io
 from qcompile.graph.kv_cache import Cache, find_caches
-from qcompile.run.session import Options, Session
+from qcompile.run.session import Feed, Options, Session
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -134,6 +134,31 @@ class Decoder:
             total += float((norm - seen[np.arange(len(part)), part]).sum())
             last = logits[-1:]
         return total / (len(ids) - first)
+
+
+def one_more(model: ir.Model, session: Session, feed: Feed) -> Feed | None:
+    """The feed of one further token, behind those of `feed`; None if the model is no decoder with caches alone.
+
+    Args:
+        model: tells the caches.
+        session: of the model; runs `feed`.
+        feed: with `input_ids` (batch, tokens), integers.
+
+    Raises:
+        ModelError: ORT cannot run the model.
+    """
+    caches, reasons = find_caches(model)
+    ids = feed.get(IDS)
+    others = feed.keys() - {IDS, MASK, POSITIONS, *(cache.name for cache in caches)}
+    if not caches or reasons or others or ids is None or np.ndim(ids) != 2 or not np.size(ids):
+        return None
+    presents = session.run(feed, [cache.present.name or "" for cache in caches])
+    step = {IDS: ids[:, -1:], **{c.name: p for c, p in zip(caches, presents, strict=True)}}
+    if MASK in feed:
+        step[MASK] = np.concatenate([feed[MASK], np.ones_like(feed[MASK][:, :1])], axis=1)
+    if POSITIONS in feed:
+        step[POSITIONS] = feed[POSITIONS][:, -1:] + 1
+    return {name: step[name] for name in feed}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from qcompile.plan.candidates import Candidate
 from qcompile.plan.plan import Form, NodePlan, Plan
 from qcompile.progress import Progress
 from qcompile.report import GOOD, INACCURATE, NOT_FASTER, Result, write_report
-from qcompile.run.session import Options, Session, version
+from qcompile.run.session import Feed, Options, Session, version
 from qcompile.search import History, timing_feeds
 from qcompile.verify.compare import Comparison
 from qcompile.verify.kernels import Kernels, optimized, verdicts
@@ -163,10 +163,12 @@ def _calibrated(opened: Opened) -> int:
     return opened.samples.calibration_count if opened.samples else 0
 
 
-def latency_rows(opened: Opened, session: Session) -> list[dict[str, Any]]:
-    """Times of the float model and a result on typical feeds, in turns: the `feeds` of `Result.latency`."""
+def latency_rows(
+    opened: Opened, session: Session, more: Sequence[tuple[str, Feed]] = ()
+) -> list[dict[str, Any]]:
+    """Times of the float model and a result on typical feeds and `more`, in turns: the `feeds` of `Result.latency`."""
     rows, seconds = [], opened.recipe.bench_seconds
-    feeds = typical_feeds(timing_feeds(opened))
+    feeds = [*typical_feeds(timing_feeds(opened)), *more]
     for name, feed in feeds:
         timing = race(
             {"fp32": opened.session, "result": timed(session, feed)},

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rewrites import parse, run
 
-from qcompile.decode import Comparison, Decoder, compare
+from qcompile.decode import Comparison, Decoder, compare, one_more
 from qcompile.errors import DataError, ModelError
 from qcompile.kv import quantize_kv_cache
+from qcompile.run.session import Session
 
 TEXT = [int(i) for i in np.random.default_rng(3).integers(0, VOCABULARY, 24)]
 FLOAT = Decoder(decoder(), threads=1)
@@ -108,3 +109,30 @@ def test_a_cache_of_unknown_width() -> None:
         y = Neg(input_ids) e = Cast<to = 1>(y) present = Concat<axis = 2>(past, e) }"""
     with pytest.raises(ModelError, match="of cache 'past' leaves heads or width open: fix them"):
         Decoder(parse(text))
+
+
+def test_one_more_token_behind_a_feed() -> None:
+    model = decoder()
+    session = Session(model)
+    ids = np.array([[1, 2, 3, 4]])
+    cache = np.zeros((1, 2, 0, 4), np.float32)
+    feed = {"input_ids": ids[:, :3], "attention_mask": np.ones((1, 3), np.int64), "past_k": cache, "past_v": cache}  # fmt: skip
+    step = one_more(model, session, feed)
+    assert step is not None
+    assert {name: v.shape for name, v in step.items()} == {
+        "input_ids": (1, 1), "attention_mask": (1, 4), "past_k": (1, 2, 3, 4), "past_v": (1, 2, 3, 4),
+    }  # fmt: skip
+    # the same as if all had been read at once
+    step["input_ids"] = ids[:, 3:]
+    whole = session.run(
+        {**feed, "input_ids": ids, "attention_mask": np.ones((1, 4), np.int64)}, ["logits"]
+    )[0]
+    np.testing.assert_allclose(session.run(step, ["logits"])[0][0, 0], whole[0, -1], rtol=1e-4)
+
+
+def test_no_further_token_without_ids_or_caches() -> None:
+    model = decoder()
+    session = Session(model)
+    assert one_more(model, session, {}) is None
+    plain = parse("g (int64[B,S] input_ids) => (float[B,S] y) { y = Cast<to = 1>(input_ids) }")
+    assert one_more(plain, Session(plain), {"input_ids": np.ones((1, 2), np.int64)}) is None

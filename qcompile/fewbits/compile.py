@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from passes.lower_nbits import LowerNbits
 from passes.smooth_linear import SmoothLinear
 from qcompile.calib.split import Judges
+from qcompile.decode import IDS, one_more
 from qcompile.errors import RecipeError
 from qcompile.fewbits.assign import Assignment, assign, others
 from qcompile.fewbits.scales import AWQ, find_scales
@@ -28,6 +30,7 @@ from qcompile.opened import Opened
 from qcompile.progress import Progress
 from qcompile.report import GOOD, INACCURATE, NOT_FASTER, Result, write_report
 from qcompile.run.session import Feed, Options, Session, version
+from qcompile.search import timing_feeds
 from qcompile.solve.smoothing import Smoothing
 from qcompile.step import run_pass
 from qcompile.verify.compare import Comparison
@@ -38,6 +41,7 @@ _SAMPLES = 64  # calibration feeds that choose codes
 _SCALED = 16  # calibration feeds that choose scales of inputs
 _JUDGES = 8  # held-out feeds that judge them
 _COMPARED = 4  # held-out feeds that the whole model is compared on: logits are large
+ONE_TOKEN = "one token"  # noqa: S105 - of a text
 _SUFFIX = re.compile(r"_token_\d+$")
 _KERNELS = ("MatMulNBits", "GatherBlockQuantized")
 _FLOAT = (
@@ -89,7 +93,7 @@ def compile_weights(
         off = Options("off", threads=opened.recipe.threads)
         exact = reference.compare(open_session(model, off), 1)
         verdicts = _verdicts(model, weights, opened)
-        feeds = latency_rows(opened, session)
+        feeds = latency_rows(opened, session, _one_token(opened))
     _describe(model, opened)
     # if the model is gone by now, nothing is written
     size = (
@@ -134,6 +138,18 @@ def _scales(opened: Opened, assignment: Assignment, show: Progress) -> dict[str,
         " them by the inverse (AWQ); of the others no constant before takes the scale, or held-out samples do not gain."
     )
     return found
+
+
+def _one_token(opened: Opened) -> list[tuple[str, Feed]]:
+    """What times a decoder where no sample is a single token: one more behind the longest text held out."""
+    feeds = [feed for feed in timing_feeds(opened) if IDS in feed and np.ndim(feed[IDS]) == 2]
+    if not feeds:
+        return []
+    longest = max(feeds, key=lambda feed: np.size(feed[IDS]))
+    step = one_more(opened.original, opened.session, longest)
+    if step is None:
+        return []
+    return [(f"{ONE_TOKEN} after {np.shape(longest[IDS])[1]}", step)]
 
 
 def _judges(samples: Judges) -> list[Feed]:
@@ -199,7 +215,9 @@ def _result(
     deployed, exact = compared
     rows, counts = verdicts
     recipe = opened.recipe
-    worst = min(feeds, key=lambda row: row["speedup"])
+    # a decoder reads its prompt once, and makes its tokens one by one: these decide
+    single = [row for row in feeds if row["feed"].startswith(ONE_TOKEN)]
+    worst = min(single or feeds, key=lambda row: row["speedup"])
     missed = [row for row in rows if row["verdict"] != "integer"]
     warnings = [*deployed.problems(), *deployed.remarks()]
     warnings += [
@@ -241,6 +259,11 @@ def _result(
         )
     if reason:
         warnings.insert(0, reason)
+    warnings += [
+        f"At {row['feed']}, many tokens at once, it is slower than the float model: {row['speedup']:.2f}x."
+        for row in feeds
+        if single and row not in single and row["speedup"] < 1.0
+    ]
     schemes = {item.name: str(scheme) for item, scheme in assignment.chosen}
     return Result(
         model=None if opened.path is None else str(opened.path), output=None if place is None else str(place),

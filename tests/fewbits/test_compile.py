@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
+from decoders import decoder, text_feed
 from networks import from_text, save
 from numpy.typing import NDArray
 from workbench import weight
@@ -283,3 +285,31 @@ def test_what_has_no_kernel_is_named() -> None:
     why = "kernels for weights of few bits take no Conv"
     assert result.kept_float == [{"node": "c", "op": "Conv", "why": why}]
     assert result.warnings[0] == f"nothing was quantized: Conv c: {why}."
+
+
+# ---- decoders are timed token by token
+
+
+def test_a_decoder_is_judged_by_one_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tokens at once may be slower: that is said, and is no failure."""
+
+    def rows(opened: Any, session: Any, more: Any) -> list[dict[str, Any]]:
+        (name, feed) = more[0]
+        assert name == "one token after 24"
+        assert {key: value.shape[-2:] for key, value in feed.items() if "past" in key} == {
+            "past_k": (24, 16), "past_v": (24, 16),
+        }  # fmt: skip
+        return [
+            {"feed": "1x24", "fp32_ms": 1.0, "result_ms": 2.0, "speedup": 0.5, "rounds": 3},
+            {"feed": name, "fp32_ms": 3.0, "result_ms": 1.0, "speedup": 3.0, "rounds": 3},
+        ]
+
+    monkeypatch.setattr("qcompile.fewbits.compile.latency_rows", rows)
+    monkeypatch.setattr("qcompile.fewbits.assign._LEAST", 1)
+    path = tmp_path / "model.onnx"
+    ir.save(decoder(width=16, vocabulary=64), path)
+    feeds = [text_feed(list(row["ids"][0] % 64), width=16) for row in texts()]
+    result = compile_model(path, feeds, recipe=dataclasses.replace(INT4, sqnr_goal=0.0))
+    assert result.latency["speedup"] == 3.0
+    assert result.exit_code == GOOD, result.warnings
+    assert any("At 1x24, many tokens at once, it is slower" in text for text in result.warnings)

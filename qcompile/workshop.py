@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from passes.bound_masks import BoundMasks
 from passes.scale_channels import ScaleChannels
 from qcompile.build import Format, Solution, build
 from qcompile.calib.moments import rounding_shift
@@ -107,7 +108,11 @@ class Workshop:
         self.prepared, self.target, self.facts, self.recipe = prepared, target, facts, recipe
         self.samples, self.reference, self.progress = samples, reference, progress
         self.found = find_candidates(prepared, target, facts)
-        self.steps: Sequence[Pass] = (*PASSES, ScaleChannels(facts))  # whose needs are gathered
+        self.steps: Sequence[Pass] = (
+            *PASSES,
+            BoundMasks(facts),
+            ScaleChannels(facts),
+        )  # whose needs are gathered
         self.stored = stored  # gathered before, in place of samples that calibrate
         self.stats: Mapping[str, TensorStats] = {}
         self.lacking: frozenset[str] = frozenset()  # coded tensors of which nothing is known

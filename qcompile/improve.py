@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
+from passes.absorb_bias import AbsorbBias
 from passes.bound_masks import BoundMasks
 from passes.scale_channels import ScaleChannels
 from passes.smooth_linear import SmoothLinear
@@ -27,6 +28,7 @@ from qcompile.run.probe import probe
 from qcompile.solve.channels import channel_groups, channel_scales
 from qcompile.solve.masks import find_masks
 from qcompile.solve.reconstruction import reconstruct
+from qcompile.solve.shifts import channel_shifts, shift_groups
 from qcompile.solve.smoothing import solve_smoothing
 from qcompile.step import Pass, run_pass
 from qcompile.workshop import LARGE, Attempt, Workshop
@@ -59,6 +61,8 @@ def improve(
         shop, request, best = _bounded(shop, request, best, opened, log)
     if recipe.equalize and best.plan.of(Form.STATIC):
         shop, best = _equalized(shop, request, best, opened, log)
+    if recipe.absorb and best.plan.of(Form.STATIC, Form.DYNAMIC):
+        shop, best = _absorbed(shop, request, best, opened, log)
     if recipe.smooth and best.plan.of(Form.DYNAMIC):
         shop, best = _smoothed(shop, request, best, opened, log)
     if recipe.rounding and best.plan.of(Form.STATIC, Form.DYNAMIC):
@@ -149,6 +153,23 @@ def _widest(scales: Mapping[str, Array], kept: Sequence[str]) -> str:
     if factor < _WIDE:
         return ""
     return f" Channel {channel} of {name} reached furthest beyond the others of its tensor: it was brought down {factor:.0f}-fold."
+
+
+def _absorbed(
+    shop: Workshop, request: Request, best: Attempt, opened: Opened, log: Log
+) -> tuple[Workshop, Attempt]:
+    """High biases moved behind the activations."""
+    groups, refused = shift_groups(shop.prepared, shop.facts)
+    logger.info("high biases: %d groups, %d refused", len(groups), len(refused))
+    shifts = channel_shifts(groups, shop.observed)
+    if not shifts:
+        return shop, best
+
+    def step(names: Sequence[str]) -> Pass:
+        return AbsorbBias(shop.facts, {name: shifts[name] for name in names})
+
+    what = "high biases absorbed by the next layers"
+    return _keep(step, list(shifts), shop, request, best, opened, log, what)
 
 
 def _smoothed(

@@ -26,6 +26,7 @@ ALGORITHMS = ("rtn", "search", "kquant", "hqq", "gptq", "gptq-order", "gptq-poli
 # what is on, and what --no-NAME does
 SWITCHES = {
     "equalize": "do not fold scales of channels into the weights of convolutions",
+    "absorb": "do not move high biases of convolutions behind their activations",
     "smooth": "do not move scales of the inputs of products to their weights (SmoothQuant)",
     "masks": "leave masks before a Softmax as they are, and what adds them float",
     "rounding": "round weights to the nearest code, do not search",

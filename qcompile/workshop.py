@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from passes.absorb_bias import AbsorbBias
 from passes.bound_masks import BoundMasks
 from passes.scale_channels import ScaleChannels
 from qcompile.build import Format, Solution, build
@@ -42,6 +43,7 @@ from qcompile.timing import kernel_times
 from qcompile.verify.compare import Comparison, Reference
 from qcompile.verify.slices import concat_behind, parts_of
 
+DECIDED = (BoundMasks, ScaleChannels, AbsorbBias)  # by data, later
 _SHIFT_SAMPLES = 16
 _DROWNED = 16.0  # ranges of parts of an output: 4 of the 8 bits of the smaller one are lost
 LARGE = 400  # static nodes: in larger graphs fewer things are tried, so that seconds stay seconds

@@ -47,7 +47,7 @@ def improved(bench: Bench) -> tuple[Any, Any, Any, History]:
 
 
 def switches(**on: bool) -> Any:
-    off = dict.fromkeys(("equalize", "smooth", "masks", "rounding"), False)
+    off = dict.fromkeys(("equalize", "absorb", "smooth", "masks", "rounding"), False)
     return dataclasses.replace(QUICK, **{**off, **on})
 
 
@@ -93,3 +93,38 @@ def test_masks_that_stay(why: str) -> None:
     assert shop is bench.shop
     assert best.plan["add"].form is Form.FLOAT
     assert not any("mask" in note for note in log.notes)
+
+
+def biased_net(pads: int) -> onnx.ModelProto:
+    """A Conv whose channels have high biases, Relu, and a Conv that pads or does not."""
+    bias = np.array([40, 0, 1, 30], np.float32)
+    text = (
+        f"g (float[N,4,8,8] x) => (float[N,4,8,8] y) {{ [one] a = Conv<{PAD}>(x, k, b) [act] r = Relu(a) "
+        f"[two] y = Conv<pads = [{pads}, {pads}, {pads}, {pads}]>(r, l) }}"
+    )
+    side = 1 + 2 * pads
+    return from_text(
+        text, k=weight(4, 4, 3, 3), b=bias, l=weight(4, 4, side, side, seed=1) - np.float32(0.1)
+    )
+
+
+def biased_feeds() -> list[dict[str, Any]]:
+    rng = np.random.default_rng(14)
+    return [{"x": rng.normal(size=(1, 4, 8, 8)).astype(np.float32)} for _ in range(12)]
+
+
+def test_high_biases_are_absorbed_where_that_helps() -> None:
+    bench = workbench(biased_net(0), biased_feeds(), switches(absorb=True))
+    before = choose_ranges(bench.shop, bench.draft, "fused", History())
+    shop, _, best, log = improved(bench)
+    assert best.db > before.db + 3
+    assert shop.stats["r"].high < 0.5 * bench.shop.stats["r"].high
+    assert "1 of 1 high biases absorbed by the next layers" in log.notes[-1]
+
+
+@pytest.mark.parametrize(("pads", "on"), [(1, True), (0, False)])
+def test_high_biases_that_stay(pads: int, on: bool) -> None:
+    bench = workbench(biased_net(pads), biased_feeds(), switches(absorb=on))
+    shop, _, _, log = improved(bench)
+    assert shop is bench.shop
+    assert not any("biases" in note for note in log.notes)

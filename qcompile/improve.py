@@ -264,7 +264,7 @@ def _keep(
 def _same(request: Request, plan: Plan) -> Request:
     """The request for the forms of a plan: what helps is judged with all else as it was."""
     forms = {e.node: Form.STATIC if e.form is Form.FREE else e.form for e in plan.nodes}
-    chosen = (Form.STATIC, Form.DYNAMIC, Form.FLOAT)
+    chosen = (Form.STATIC, Form.DYNAMIC, Form.WEIGHT, Form.FLOAT)
     reasons = {e.node: e.why for e in plan.of(Form.FLOAT)}
     return dataclasses.replace(
         request, forms={**{n: f for n, f in forms.items() if f in chosen}, **request.forms},

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from passes.bound_masks import BoundMasks
 from qcompile.calib import store
 from qcompile.calib.observe import Observed
 from qcompile.calib.split import TUNING, Samples
@@ -31,7 +32,7 @@ from qcompile.progress import Progress, Silent
 from qcompile.recipe import Recipe
 from qcompile.run.session import Feed
 from qcompile.solve.needs import everything, notes_on, unobserved
-from qcompile.workshop import DECIDED, Workshop
+from qcompile.workshop import Workshop
 
 KEPT_BYTES = 32 << 20  # of samples that go into the file, for each of their two purposes
 
@@ -160,7 +161,7 @@ def _gather(
         show,
     )
     coding = shop.coding(shop.widest(opened.request()))
-    steps = (*PASSES, *(step(opened.facts) for step in DECIDED))
+    steps = (*PASSES, BoundMasks(opened.facts))  # the others need no more than what is coded
     needs = everything(opened.prepared, coding, opened.facts, steps, gram=gram)
     found = shop.observe(needs) if needs else Observed({}, samples.calibration_count, 0)
     nothing = (

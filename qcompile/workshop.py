@@ -43,7 +43,6 @@ from qcompile.timing import kernel_times
 from qcompile.verify.compare import Comparison, Reference
 from qcompile.verify.slices import concat_behind, parts_of
 
-DECIDED = (BoundMasks, ScaleChannels, AbsorbBias)  # by data, later
 _SHIFT_SAMPLES = 16
 _SHAPES = 24  # held-out samples whose shapes are compared
 _DROWNED = 16.0  # ranges of parts of an output: 4 of the 8 bits of the smaller one are lost
@@ -115,6 +114,7 @@ class Workshop:
             *PASSES,
             BoundMasks(facts),
             ScaleChannels(facts),
+            AbsorbBias(facts),
         )  # whose needs are gathered
         self.stored = stored  # gathered before, in place of samples that calibrate
         self.stats: Mapping[str, TensorStats] = {}

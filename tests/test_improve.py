@@ -128,3 +128,17 @@ def test_high_biases_that_stay(pads: int, on: bool) -> None:
     shop, _, _, log = improved(bench)
     assert shop is bench.shop
     assert not any("biases" in note for note in log.notes)
+
+
+def test_ranges_behind_activations_are_gathered_for_products_too() -> None:
+    """Gemm, Relu, Gemm: products have no codes, so that nothing else asks for their channels."""
+    net = from_text(
+        f"g (float[N,4,8,8] x) => (float[N,4] y) {{ [one] a = Conv<{PAD}>(x, k) [pool] g = GlobalAveragePool(a) f = Flatten(g) "
+        "[two] h = Gemm(f, v, b) [act] r = Relu(h) [three] y = Gemm(r, w) }",
+        k=weight(8, 4, 3, 3), v=weight(8, 16), b=np.full(16, 9, np.float32), w=weight(16, 4),
+    )  # fmt: skip
+    bench = workbench(net, biased_feeds(), switches(absorb=True))
+    channels = bench.shop.observed["r"].channels
+    assert channels is not None
+    assert channels.lows.shape == (16,)
+    assert (channels.lows > 4).all()

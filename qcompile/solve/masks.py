@@ -211,7 +211,7 @@ def _follow(model: ir.Model, seed: Use, holding: set[ir.Value], facts: Mapping[s
     mask = Mask([seed])
     waiting = [seed]
     while waiting:
-        node, index = waiting.pop()
+        node, index = waiting.pop(0)
         if node.graph is not model.graph:
             mask.refused = "a body of If, Loop or Scan reads it"
         elif is_op(node, "Add"):

@@ -43,7 +43,8 @@ class LowerEmbedding(Pass):
         tables: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         for entry in self.plan.of(Form.WEIGHT):
             item = self.found[entry.node]
-            assert isinstance(item, Candidate)
+            if not isinstance(item, Candidate) or item.role != "embedding":
+                continue  # a product
             node, weight = item.node, self.weights[entry.node]
             table = node.inputs[0]
             assert table is not None

@@ -14,16 +14,18 @@ from passes.insert_qdq import InsertQdq
 from passes.lower_dynamic import LowerDynamic
 from passes.lower_embedding import LowerEmbedding
 from passes.lower_integer import LowerInteger
+from passes.lower_nbits import LowerNbits
 from passes.lower_recurrent import LowerRecurrent
 from passes.name_nodes import NameNodes
 from qcompile.graph import io
 from qcompile.graph.edit import drop_unread
+from qcompile.plan.candidates import Candidate
 from qcompile.plan.make import find_candidates
-from qcompile.plan.plan import Plan
+from qcompile.plan.plan import Form, Plan
 from qcompile.plan.tensors import coding
 from qcompile.quant.scheme import QParams
 from qcompile.run.probe import Fact
-from qcompile.solve.weights import Weight
+from qcompile.solve.weights import Weight, blocked
 from qcompile.step import run_pass
 from qcompile.targets.schema import Target
 
@@ -50,6 +52,14 @@ def build(
     """
     model = prepared.clone()
     found = find_candidates(model, target, facts)
+    blocks = {
+        entry.node: blocked(item.node, solution.weights[entry.node])
+        for entry in plan.of(Form.WEIGHT)
+        if isinstance(item := found[entry.node], Candidate) and item.role == "dynamic"
+    }
+    if blocks:
+        run_pass(LowerNbits(blocks), model)
+        found = find_candidates(model, target, facts)
     lower: Literal["fused", "portable"] = "fused" if form == "fused" else "portable"
     run_pass(LowerDynamic(plan, found, solution.weights, lower), model)
     run_pass(LowerRecurrent(plan, found, lower, target.saturating), model)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from passes.bound_masks import BoundMasks
 from qcompile.calib import store
 from qcompile.calib.observe import Observed
 from qcompile.calib.split import TUNING, Samples
@@ -160,7 +161,8 @@ def _gather(
         show,
     )
     coding = shop.coding(shop.widest(opened.request()))
-    needs = everything(opened.prepared, coding, opened.facts, PASSES, gram=gram)
+    steps = (*PASSES, BoundMasks(opened.facts))  # the others need no more than what is coded
+    needs = everything(opened.prepared, coding, opened.facts, steps, gram=gram)
     found = shop.observe(needs) if needs else Observed({}, samples.calibration_count, 0)
     nothing = (
         () if needs else ("Nothing could be observed: the main graph has no node with weights.",)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcompile.errors import OutputError, PassError, QcompileError, RecipeError, printable
+from qcompile.option_groups import SWITCHES
 from qcompile.options import COMMANDS, parser_of, recipe_of
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ def _run_inspect(args: argparse.Namespace) -> Answer:
     known = ("model", "json", "quiet", "layers", "words")
     more = [k for k, v in vars(args).items() if k not in known and v is not None and v != []]
     if more:
-        option = f"no-{more[0]}" if more[0] in ("equalize", "smooth", "rounding") else more[0]
+        option = f"no-{more[0]}" if more[0] in SWITCHES else more[0]
         raise RecipeError(
             f"--{option.replace('_', '-')} is for --layers: add that, or leave it out."
         )

@@ -178,7 +178,8 @@ class _Search:
         assert self._referee.best is not None
         nearest = self._referee.best.attempt.plan
         wanted = self._estimate.request(self._request, aim * _FAR)
-        flips = [(entry.node, Form.FLOAT) for entry in nearest.of(Form.STATIC, Form.DYNAMIC)]
+        integer = nearest.of(Form.STATIC, Form.DYNAMIC, Form.WEIGHT)
+        flips = [(entry.node, Form.FLOAT) for entry in integer if entry.op != "Gather"]
         flips = flips[:_AROUND]
         if self._cost == math.inf:  # the nearest may have few integer nodes, and none to spare
             others = (entry.node for entry in nearest.of(Form.FLOAT))

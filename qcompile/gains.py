@@ -27,15 +27,17 @@ def node_gains(shop: Workshop, request: Request, plan: Plan) -> dict[str, float]
     anything, are missing, and so are nodes whose sizes are unknown.
     """
     found: dict[str, float] = {}
-    for entry in plan.of(Form.STATIC, Form.DYNAMIC, Form.FREE):
+    for entry in plan.of(Form.STATIC, Form.DYNAMIC, Form.WEIGHT, Form.FREE):
         item = shop.found[entry.node]
         assert isinstance(item, Candidate)
         known = item.node.outputs[0].name in shop.facts or entry.node in request.measured
         if item.role in ("recurrent", "embedding") or not known:
             continue
         as_float, as_int = request.measured.get(entry.node) or node_costs(item, shop.facts)
+        if entry.form is Form.WEIGHT:
+            as_int = request.by_block.get(entry.node, as_int)
         found[entry.node] = as_float - as_int
-        if entry.form is not Form.DYNAMIC and _has_float_readers(shop, plan, item):
+        if entry.form in (Form.STATIC, Form.FREE) and _has_float_readers(shop, plan, item):
             found[entry.node] -= (
                 request.border * border_costs(item.result, shop.target, shop.facts)[1]
             )

@@ -1,7 +1,7 @@
-"""Accuracy that costs little or no time: scales folded into neighbours, smoothed products, searched rounding.
+"""Rewrites that data decides on: masks bounded, scales folded into neighbours, smoothed products, searched rounding.
 
 Each is tried on the whole model and kept where it lowers the error on held-out samples: all places at once, then
-halves of them (`qcompile.accept`).
+halves of them (`qcompile.accept`). Masks are bounded for speed: these are kept where that does no harm.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Protocol
 
 import numpy as np
 
+from passes.absorb_bias import AbsorbBias
+from passes.bound_masks import BoundMasks
 from passes.scale_channels import ScaleChannels
 from passes.smooth_linear import SmoothLinear
-from qcompile.accept import accept
+from qcompile.accept import accept, better
 from qcompile.algo.equalization import Array
 from qcompile.errors import ModelError
 from qcompile.opened import Opened
@@ -24,7 +26,9 @@ from qcompile.plan.make import Request
 from qcompile.plan.plan import Form, Plan
 from qcompile.run.probe import probe
 from qcompile.solve.channels import channel_groups, channel_scales
+from qcompile.solve.masks import find_masks
 from qcompile.solve.reconstruction import reconstruct
+from qcompile.solve.shifts import channel_shifts, shift_groups
 from qcompile.solve.smoothing import solve_smoothing
 from qcompile.step import Pass, run_pass
 from qcompile.workshop import LARGE, Attempt, Workshop
@@ -36,6 +40,7 @@ _FEEDS = 16  # calibration feeds that products are smoothed on
 _ROUNDED = 64  # calibration feeds that codes of weights are searched on
 _ROUNDING_TRIES = 4  # each layer was judged by itself
 _WIDE = 8.0  # times the median scale: a channel worth a word
+_HARM = -0.05  # of the noise, that an Add gained by a bounded mask may cost
 _FREE_DB = 24.0  # above, a product is smoothed only where that costs no time
 
 
@@ -47,18 +52,60 @@ class Log(Protocol):
 
 def improve(
     shop: Workshop, request: Request, best: Attempt, opened: Opened, log: Log
-) -> tuple[Workshop, Attempt]:
-    """The best attempt with all that helps, and the working state that it belongs to."""
+) -> tuple[Workshop, Request, Attempt]:
+    """The best attempt with all that helps, the working state that it belongs to, and what is asked for there."""
     recipe = shop.recipe
     if opened.samples is None or len(best.plan.of(Form.STATIC, Form.DYNAMIC)) > LARGE:
-        return shop, best
+        return shop, request, best
+    if recipe.masks and best.plan.of(Form.STATIC):
+        shop, request, best = _bounded(shop, request, best, opened, log)
     if recipe.equalize and best.plan.of(Form.STATIC):
         shop, best = _equalized(shop, request, best, opened, log)
+    if recipe.absorb and best.plan.of(Form.STATIC, Form.DYNAMIC):
+        shop, best = _absorbed(shop, request, best, opened, log)
     if recipe.smooth and best.plan.of(Form.DYNAMIC):
         shop, best = _smoothed(shop, request, best, opened, log)
     if recipe.rounding and best.plan.of(Form.STATIC, Form.DYNAMIC):
         best = _rounded(shop, best, log)
-    return shop, best
+    return shop, request, best
+
+
+def _bounded(
+    shop: Workshop, request: Request, best: Attempt, opened: Opened, log: Log
+) -> tuple[Workshop, Request, Attempt]:
+    """Masks of a size that codes can hold, where the Adds that they kept float then pay as integer ones."""
+    why = {n: r for n, r in shop.unusable().items() if request.keep_float.get(n) == r}
+    masks = [mask for mask in find_masks(shop.prepared, shop.facts) if why.keys() & mask.names]
+    if not masks:
+        return shop, request, best
+    step = BoundMasks(shop.facts, shop.observed, [mask.name for mask in masks])
+    with shop.progress.stage("trying: bounded masks"):
+        try:
+            changed, rescaled = _rewritten(shop, opened, step)
+            if not rescaled:
+                return shop, request, best
+            changed.replace(changed.observe_again(rescaled))
+            freed = why.keys() - changed.unusable().keys()
+            keep = {n: r for n, r in request.keep_float.items() if n not in freed}
+            wanted = dataclasses.replace(request, keep_float=keep)
+            plan = changed.plan(wanted)
+            gained = [e.node for e in plan.of(Form.STATIC) if e.node in freed]
+            if not gained:
+                return shop, request, best
+            attempt = changed.attempt(plan, best.ranging, best.form)
+        except ModelError as error:
+            logger.warning("bounded masks: %s", error)
+            return shop, request, best
+    changed.judge(attempt, _QUICK)
+    if not better(attempt, best, _HARM):
+        log.notes.append(
+            f"{gained[0]} stays float: with its mask bounded and in 8 bits the result has {attempt.db:.1f} dB, not {best.db:.1f}."
+        )
+        return shop, request, best
+    log.notes.append(
+        f"{len(masks)} masks bounded, so that {len(gained)} more nodes are integer: {best.db:.1f} -> {attempt.db:.1f} dB."
+    )
+    return changed, wanted, attempt
 
 
 def _rewritten(shop: Workshop, opened: Opened, step: Pass) -> tuple[Workshop, set[str]]:
@@ -106,6 +153,23 @@ def _widest(scales: Mapping[str, Array], kept: Sequence[str]) -> str:
     if factor < _WIDE:
         return ""
     return f" Channel {channel} of {name} reached furthest beyond the others of its tensor: it was brought down {factor:.0f}-fold."
+
+
+def _absorbed(
+    shop: Workshop, request: Request, best: Attempt, opened: Opened, log: Log
+) -> tuple[Workshop, Attempt]:
+    """High biases moved behind the activations."""
+    groups, refused = shift_groups(shop.prepared, shop.facts)
+    logger.info("high biases: %d groups, %d refused", len(groups), len(refused))
+    shifts = channel_shifts(groups, shop.observed)
+    if not shifts:
+        return shop, best
+
+    def step(names: Sequence[str]) -> Pass:
+        return AbsorbBias(shop.facts, {name: shifts[name] for name in names})
+
+    what = "high biases absorbed by the next layers"
+    return _keep(step, list(shifts), shop, request, best, opened, log, what)
 
 
 def _smoothed(
@@ -200,7 +264,7 @@ def _keep(
 def _same(request: Request, plan: Plan) -> Request:
     """The request for the forms of a plan: what helps is judged with all else as it was."""
     forms = {e.node: Form.STATIC if e.form is Form.FREE else e.form for e in plan.nodes}
-    chosen = (Form.STATIC, Form.DYNAMIC, Form.FLOAT)
+    chosen = (Form.STATIC, Form.DYNAMIC, Form.WEIGHT, Form.FLOAT)
     reasons = {e.node: e.why for e in plan.of(Form.FLOAT)}
     return dataclasses.replace(
         request, forms={**{n: f for n, f in forms.items() if f in chosen}, **request.forms},

@@ -124,7 +124,7 @@ def inspect_layers(
     if opened.samples is not None and plan.quantizes:
         form: Format = "qdq" if recipe.format == "qdq" else "fused"
         best = search.choose_ranges(shop, plan, form, history)
-        shop, best = improve(shop, request, best, opened, history)
+        shop, request, best = improve(shop, request, best, opened, history)
         plan, ranging = best.plan, best.ranging
     given = quantized(shop, plan, ranging)
     units = units_of(given)

@@ -21,7 +21,7 @@ from qcompile.graph.skeleton import SHARED_BYTES, release
 from qcompile.inputs import MADE_UP, check_compilable, input_specs, running, stand_in
 from qcompile.keep import fixed_forms, match_patterns
 from qcompile.plan.make import Request
-from qcompile.plan.plan import Plan
+from qcompile.plan.plan import Form, Plan
 from qcompile.prepare import prepare_for
 from qcompile.progress import Progress, Silent
 from qcompile.recipe import Recipe, load_recipe
@@ -71,10 +71,22 @@ class Opened:
             no_lstm = "ONNX has no integer LSTM: use --format fused or auto"
             why |= {n.name or "": no_lstm for n in nodes(self.prepared) if n.op_type == "LSTM"}
         fixed = {} if forms is None else fixed_forms(forms, self.prepared)
+        if self.recipe.format == "qdq":
+            fixed = self._portable(fixed)
         return Request(
             calibrated=self.samples is not None, static=self.recipe.static,
             keep_float=why, forms=fixed, dynamic=self.recipe.dynamic,
         )  # fmt: skip
+
+    def _portable(self, forms: Mapping[str, Form]) -> dict[str, Form]:
+        """Products of a plan are dynamic in place of having an 8-bit weight alone, which a note says."""
+        products = {n.name for n in nodes(self.prepared) if n.op_type in ("MatMul", "Gemm")}
+        alone = [n for n, form in forms.items() if form is Form.WEIGHT and n in products]
+        self.notes.extend(
+            f"{name} is dynamic, not weight as in the plan: the portable format has no such product; use --format fused or auto."
+            for name in alone
+        )
+        return {**forms, **dict.fromkeys(alone, Form.DYNAMIC)}
 
     def reference(self) -> Reference:
         """The float model on the held-out samples, or on the stand-in where there is no data."""

@@ -23,6 +23,15 @@ from qcompile.words import (
 KINDS = ("int8", "uint8", "int4")  # as `qcompile.quant.cache` has them
 ALGORITHMS = ("rtn", "search", "kquant", "hqq", "gptq", "gptq-order", "gptq-polish", "gptq-firm")
 
+# what is on, and what --no-NAME does
+SWITCHES = {
+    "equalize": "do not fold scales of channels into the weights of convolutions",
+    "absorb": "do not move high biases of convolutions behind their activations",
+    "smooth": "do not move scales of the inputs of products to their weights (SmoothQuant)",
+    "masks": "leave masks before a Softmax as they are, and what adds them float",
+    "rounding": "round weights to the nearest code, do not search",
+}
+
 
 def add_limits(parser: Parser) -> None:
     """Accuracy, size and time that a result must have."""
@@ -91,11 +100,7 @@ def add_choices(parser: Parser) -> None:
     group.add_argument(
         "--plan", type=Path, metavar="FILE", help="an edited plan of `qcompile plan -o FILE`"
     )
-    for name, what in (
-        ("equalize", "do not fold scales of channels into the weights of convolutions"),
-        ("smooth", "do not move scales of the inputs of products to their weights (SmoothQuant)"),
-        ("rounding", "round weights to the nearest code, do not search"),
-    ):
+    for name, what in SWITCHES.items():
         group.add_argument(f"--no-{name}", dest=name, action="store_false", default=None, help=what)
 
 

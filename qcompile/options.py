@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qcompile.option_groups import (
+    SWITCHES,
     add_cache,
     add_calibration,
     add_choices,
@@ -26,8 +27,8 @@ _IMAGE = ("size", "resize", "crop", "mean", "std", "scale", "layout", "color")
 _DATA = ("samples", "tokenizer", "max_tokens")
 _OWN = (
     "ranges", "target", "threads", "format", "sqnr_goal", "min_sqnr", "memory", "skip_bad", "max_drop", "metric",
-    "lower_is_better", "max_size", "max_latency", "objective", "search_time", "equalize", "smooth",
-    "rounding", "kv_cache", "bits", "block", "symmetric", "algorithm", "accuracy_level",
+    "lower_is_better", "max_size", "max_latency", "objective", "search_time", *SWITCHES,
+    "kv_cache", "bits", "block", "symmetric", "algorithm", "accuracy_level",
 )  # fmt: skip
 
 

@@ -22,7 +22,8 @@ _OWN, _COMMON = 0.6, 0.5  # how far a term may be off, as a share of it: alone, 
 _LEAST = 0.02  # of the mean term, that each may be off
 _SPREAD = 0.03  # of a measured plan's noise
 
-_TENSOR, _WEIGHT = "tensor", "weight"
+_QUIETER = 0.6  # of the noise of a dynamic product, that is left with scales by block (a decoder, one row: 0.66 measured)
+_TENSOR, _WEIGHT, _BLOCK = "tensor", "weight", "block"
 Term = tuple[str, str]
 
 
@@ -37,6 +38,13 @@ class Estimate:
         }
         shares = weight_shares(shop, plan, ranging)
         terms |= {(_WEIGHT, name): noise.weights * share for name, share in shares.items()}
+        for entry in plan.of(Form.DYNAMIC):
+            both = sum(terms.get((kind, entry.node), 0.0) for kind in (_TENSOR, _WEIGHT))
+            terms[_BLOCK, entry.node] = _QUIETER * both
+        for entry in plan.of(
+            Form.WEIGHT
+        ):  # what its kernel does to the input is left to what is measured
+            terms[_BLOCK, entry.node] = terms.get((_WEIGHT, entry.node), 0.0)
         self._place = {term: i for i, term in enumerate(terms)}
         self._mean = np.array(list(terms.values()), np.float64)
         own = _OWN * self._mean + _LEAST * (self._mean.mean() if terms else 0.0)
@@ -47,6 +55,7 @@ class Estimate:
         found: list[Term] = [(_TENSOR, v.name or "") for v in self._shop.coding(plan).roots]
         found += [(_TENSOR, entry.node) for entry in plan.of(Form.DYNAMIC)]
         found += [(_WEIGHT, entry.node) for entry in plan.of(Form.STATIC, Form.DYNAMIC)]
+        found += [(_BLOCK, entry.node) for entry in plan.of(Form.WEIGHT)]
         return [self._place[term] for term in dict.fromkeys(found) if term in self._place]
 
     def of(self, plan: Plan) -> float:
@@ -68,11 +77,13 @@ class Estimate:
     def request(self, request: Request, most: float) -> Request:
         """A request for the cheapest plan of at most this noise."""
         values = np.maximum(self._mean, 0.0)
-        noise, weights = (
+        noise, weights, blocks = (
             {name: float(values[i]) for (kind, name), i in self._place.items() if kind == wanted}
-            for wanted in (_TENSOR, _WEIGHT)
+            for wanted in (_TENSOR, _WEIGHT, _BLOCK)
         )
-        return dataclasses.replace(request, noise=noise, weights=weights, most_noise=most)
+        return dataclasses.replace(
+            request, noise=noise, weights=weights, block_noise=blocks, most_noise=most
+        )
 
 
 def weight_shares(shop: Workshop, plan: Plan, ranging: Ranging) -> dict[str, float]:

@@ -48,7 +48,9 @@ class Recipe:
         objective: what is best among the results within the limits.
         search_time: seconds that the search for a result within the limits may take.
         equalize: fold scales of channels into the neighbouring weights of convolutions, where that helps.
-        smooth: the same for products, as SmoothQuant does, and side paths for outlier channels.
+        absorb: move what all values of a channel exceed behind the activation, into the biases of the next layers.
+        smooth: scales moved likewise for products, as SmoothQuant does, and side paths for outlier channels.
+        masks: constants as -1e9 before a Softmax give way to numbers that fit 8 bits, where an integer Add then pays.
         rounding: search codes of weights for the least error of what layers compute, not of the weights.
         bits: of weights, 2, 4 or 8, with float activations (MatMulNBits); None: 8-bit weights and activations.
         block: weights of a row that share a scale, 16 to 256.
@@ -86,7 +88,9 @@ class Recipe:
     objective: Literal["fastest", "smallest"] = "fastest"
     search_time: float = 60.0
     equalize: bool = True
+    absorb: bool = True
     smooth: bool = True
+    masks: bool = True
     rounding: bool = True
     bits: int | None = None
     block: int = 32

@@ -63,7 +63,7 @@ def find_best(
     history, recipe = History(), shop.recipe
     form: Format = "qdq" if recipe.format == "qdq" else "fused"
     best = choose_ranges(shop, draft, form, history)
-    shop, best = improve(shop, request, best, opened, history)
+    shop, request, best = improve(shop, request, best, opened, history)
     found = None
     goal = recipe.min_sqnr or recipe.sqnr_goal
     small = len(best.plan.of(Form.STATIC)) <= LARGE

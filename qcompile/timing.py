@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 _RUNS = 16
 _CHUNK_BYTES = 256 << 20  # of inputs, weights and results in one model
 _CHUNK_NS = 4e7  # of kernels in one run of one model, float and integer, as the target expects
+_ROWS = 16  # of 128 rows MatMulNBits with 8 bits takes 4 times as long as an integer product, of one row less
 _TICK = 1000.0  # nanoseconds: what the profiler counts in, rounding down
 _BORDER_SHAPES = ((1, 64, 7, 7), (1, 64, 20, 20), (1, 64, 56, 56), (1, 64, 112, 112))
 _BORDER_KINDS = (
@@ -107,6 +108,7 @@ class KernelTimes:
         measured: signatures that were measured now.
         cached: signatures that were known.
         seconds: that all of it took.
+        by_block: nanoseconds of products of few rows with an 8-bit weight alone: see `Request.by_block`.
     """
 
     nodes: Mapping[str, tuple[float, float]]
@@ -115,11 +117,12 @@ class KernelTimes:
     measured: int
     cached: int
     seconds: float
+    by_block: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def kernel_times(
     prepared: ir.Model, found: Mapping[str, Candidate | str], target: Target, facts: Facts, *,
-    threads: int, cache: bool = True, seconds: float = 10.0,
+    threads: int, by_block: bool = False, cache: bool = True, seconds: float = 10.0,
     tick: Callable[[int, int | None], None] = lambda done, total: None,
 ) -> KernelTimes:  # fmt: skip
     """The times of all candidates whose shapes and constants are known.
@@ -130,6 +133,7 @@ def kernel_times(
         target: what integer forms look like, and what they are expected to cost.
         facts: the shapes.
         threads: of ORT's sessions.
+        by_block: products of at most `_ROWS` rows are timed with an 8-bit weight alone as well.
         cache: whether known times are used and new ones kept.
         seconds: no new measurement begins after so many; the costliest signatures come first.
         tick: is called with (signatures done, their number or None).
@@ -152,12 +156,40 @@ def kernel_times(
         known.update(new)
         store.add(new)
         tick(len(chunk), None)
+    rowed = {n: p for n, p in pieces.items() if by_block and p.item.block and _rows(p) <= _ROWS}
+    blocks = _times_by_block(rowed, bench, store, lambda: time.perf_counter() - start > seconds)
     nodes = {name: known[piece.key] for name, piece in pieces.items() if piece.key in known}
     values = dict.fromkeys(v for p in pieces.values() for v in (*p.item.data, p.item.result))
     return KernelTimes(
         {name: (row[0], row[1]) for name, row in nodes.items()}, border, border.factor(target, facts, values),
-        len(known) - cached, cached, time.perf_counter() - start,
+        len(known) - cached, cached, time.perf_counter() - start, blocks,
     )  # fmt: skip
+
+
+def _times_by_block(
+    pieces: Mapping[str, Piece], bench: _Bench, store: Cache, over: Callable[[], bool]
+) -> dict[str, float]:
+    """Nanoseconds with an 8-bit weight alone, by name."""
+    keys = {name: f"{piece.key} block{piece.item.block}" for name, piece in pieces.items()}
+    distinct = {keys[name]: piece for name, piece in pieces.items()}
+    known = {
+        key: row[0] for key in distinct if (row := store.get(key)) is not None and len(row) == 1
+    }
+    todo = [key for key in distinct if key not in known]
+    for chunk in _chunks([distinct[key] for key in todo]):
+        if over():
+            break
+        times = bench.by_block(chunk)
+        new = dict(zip(todo, times, strict=False)) if times else {}
+        todo = todo[len(chunk) :]
+        known |= new
+        store.add({key: (ns,) for key, ns in new.items()})
+    return {name: known[key] for name, key in keys.items() if key in known}
+
+
+def _rows(piece: Piece) -> int:
+    """Rows of the input of a product, over all its leading axes."""
+    return math.prod(piece.shapes[piece.item.data[0]][:-1])
 
 
 def _border(store: Cache, bench: _Bench) -> Border:
@@ -231,14 +263,45 @@ class _Bench:
             for p, f, i in zip(pieces, as_float, as_int, strict=True)
         }
 
+    def by_block(self, pieces: Sequence[Piece]) -> list[float]:
+        """Nanoseconds of each product with an 8-bit weight alone; nothing if ORT refuses it."""
+        collection = Collection(self.opsets)
+        for number, piece in enumerate(pieces):
+            collection.add(number, piece)
+        try:
+            found = kernels(
+                self._built(collection, Form.WEIGHT),
+                collection.feed,
+                threads=self.threads,
+                runs=_RUNS,
+            )
+        except ModelError as error:
+            logger.info("weights alone are not measured: %s", error)
+            return []
+        return [took.own for took in _read(found, pieces)]
+
     def _profiles(self, collection: Collection) -> tuple[list[Kernel], list[Kernel]]:
         """The model as float, and with everything integer that can be."""
+        model, made = collection.model, self._built(collection, Form.DYNAMIC)
+        feed, threads = collection.feed, self.threads
+        return (
+            kernels(model, feed, threads=threads, runs=_RUNS),
+            kernels(made, feed, threads=threads, runs=_RUNS),
+        )
+
+    def _built(self, collection: Collection, products: Form) -> ir.Model:
+        """The model with everything integer that can be, and products in one of their forms."""
         model, facts = collection.model, collection.facts
         found = find_candidates(model, self.target, facts)
         forms = {
             name: Form.FREE if item.role == "free" else Form.STATIC
             for name, item in found.items()
             if isinstance(item, Candidate) and item.role != "dynamic"
+        }
+        forms |= {
+            name: products
+            for name, item in found.items()
+            if isinstance(item, Candidate) and item.role == "dynamic"
         }
         plan = make_plan(model, self.target, facts, Request(forms=forms), found)
         coded = coding(model, plan, found)
@@ -247,12 +310,7 @@ class _Bench:
         weights = solve_weights(
             plan, found, params, {}, saturating=self.target.saturating, search=False
         )
-        made = build(model, plan, Solution(params, weights), self.target, facts, "fused")
-        feed, threads = collection.feed, self.threads
-        return (
-            kernels(model, feed, threads=threads, runs=_RUNS),
-            kernels(made, feed, threads=threads, runs=_RUNS),
-        )
+        return build(model, plan, Solution(params, weights), self.target, facts, "fused")
 
 
 @dataclasses.dataclass

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from passes.absorb_bias import AbsorbBias
+from passes.bound_masks import BoundMasks
 from passes.scale_channels import ScaleChannels
 from qcompile.build import Format, Solution, build
 from qcompile.calib.moments import rounding_shift
@@ -42,6 +44,7 @@ from qcompile.verify.compare import Comparison, Reference
 from qcompile.verify.slices import concat_behind, parts_of
 
 _SHIFT_SAMPLES = 16
+_SHAPES = 24  # held-out samples whose shapes are compared
 _DROWNED = 16.0  # ranges of parts of an output: 4 of the 8 bits of the smaller one are lost
 LARGE = 400  # static nodes: in larger graphs fewer things are tried, so that seconds stay seconds
 
@@ -107,7 +110,12 @@ class Workshop:
         self.prepared, self.target, self.facts, self.recipe = prepared, target, facts, recipe
         self.samples, self.reference, self.progress = samples, reference, progress
         self.found = find_candidates(prepared, target, facts)
-        self.steps: Sequence[Pass] = (*PASSES, ScaleChannels(facts))  # whose needs are gathered
+        self.steps: Sequence[Pass] = (
+            *PASSES,
+            BoundMasks(facts),
+            ScaleChannels(facts),
+            AbsorbBias(facts),
+        )  # whose needs are gathered
         self.stored = stored  # gathered before, in place of samples that calibrate
         self.stats: Mapping[str, TensorStats] = {}
         self.lacking: frozenset[str] = frozenset()  # coded tensors of which nothing is known
@@ -122,9 +130,12 @@ class Workshop:
         return make_plan(self.prepared, self.target, self.facts, request, self.found)
 
     def only_fused(self, plan: Plan) -> bool:
-        """Whether the plan has nodes that no operator of ONNX can be: an integer LSTM."""
-        items = (self.found[entry.node] for entry in plan.of(Form.DYNAMIC))
-        return any(isinstance(item, Candidate) and item.role == "recurrent" for item in items)
+        """Whether the plan has nodes that no operator of ONNX is at its opset: LSTM, products with 8-bit weights alone."""
+        items = ((self.found[e.node], e.form) for e in plan.of(Form.DYNAMIC, Form.WEIGHT))
+        only = {(Form.DYNAMIC, "recurrent"), (Form.WEIGHT, "dynamic")}
+        return any(
+            isinstance(item, Candidate) and (form, item.role) in only for item, form in items
+        )
 
     def coding(self, plan: Plan) -> Coding:
         """The coded tensors of a plan."""
@@ -150,9 +161,19 @@ class Workshop:
         with self.progress.stage("timing kernels") as step:
             times = kernel_times(
                 self.prepared, self.found, self.target, self.facts, threads=self.recipe.threads,
-                tick=lambda *_: step(1, None),
+                by_block=self.recipe.format != "qdq" and self._one_shape(), tick=lambda *_: step(1, None),
             )  # fmt: skip
-        return dataclasses.replace(request, measured=times.nodes, border=times.border)
+        return dataclasses.replace(
+            request, measured=times.nodes, border=times.border, by_block=times.by_block
+        )
+
+    def _one_shape(self) -> bool:
+        """Whether all held-out samples have the shapes of the first: what is best for one is best for all."""
+        shapes = {
+            tuple((name, value.shape) for name, value in sorted(feed.items()))
+            for feed in self.held_out(_SHAPES)
+        }
+        return len(shapes) == 1
 
     def calibrate(self, plan: Plan) -> tuple[str, ...]:
         """Statistics of every tensor that the plan, or any with fewer integer nodes, may need; notes on them.

@@ -136,7 +136,7 @@ def test_a_planted_channel_is_repaired_in_few_evaluations(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(qcompile.workshop.Workshop, "judge", judge)
     log = History()
-    _, better = improve(bench.shop, bench.request, best, bench.opened, log)
+    _, _, better = improve(bench.shop, bench.request, best, bench.opened, log)
     assert better.db > best.db + 10
     assert len(judged) <= 2 * math.log2(len(bench.draft.nodes)) + 5
     assert "channel scales folded into weights" in log.notes[0]

@@ -38,7 +38,9 @@ max_latency = "50%"
 objective = "smallest"
 search_time = 30
 equalize = false
+absorb = false
 smooth = false
+masks = false
 rounding = false
 [data]
 samples = 32
@@ -115,7 +117,7 @@ def test_every_key(tmp_path: Path) -> None:
         dynamic=False, bias_correction=False, weight_search=True, sqnr_goal=25.0, min_sqnr=12.5,
         threads=2, bench_seconds=0.5, memory=1000000, skip_bad=True,
         max_drop="0.5%", metric="my:metric", lower_is_better=True, max_size="4MB", max_latency="50%",
-        objective="smallest", search_time=30.0, equalize=False, smooth=False, rounding=False,
+        objective="smallest", search_time=30.0, equalize=False, absorb=False, smooth=False, masks=False, rounding=False,
         data=DataOptions(
             32,
             ImageOptions(

@@ -63,21 +63,27 @@ class Variant:
 def variants() -> list[Variant]:
     """All of them, the full compilation first and the bare one last."""
     tuning = ((search, "_tune", lambda _shop, best, _found, _history: best),)
+    alone = ((Workshop, "_one_shape", lambda _shop: False),)
     kernels = ((Workshop, "timed", lambda _shop, request: request),)
     off = [
         Variant("equalize", {"equalize": False}),
+        Variant("absorb", {"absorb": False}),
         Variant("smooth", {"smooth": False}),
+        Variant("masks", {"masks": False}),
         Variant("bias_correction", {"bias_correction": False}),
         Variant("ranges: minmax only", {"ranges": "minmax"}),
         Variant("ranges: mean only", {"ranges": "mean"}),
         Variant("tuning of single ranges", patches=tuning),
         Variant("float for accuracy (sqnr_goal)", {"sqnr_goal": 0.0}),
         Variant("measured kernels", patches=kernels),
+        Variant("8-bit weights alone", patches=alone),
     ]
     turned = [_turned(name) for name in ("weight_search", "rounding") if _has(name)]
     bare = {
         "equalize": False,
+        "absorb": False,
         "smooth": False,
+        "masks": False,
         "bias_correction": False,
         "ranges": "minmax",
         "sqnr_goal": 0.0,

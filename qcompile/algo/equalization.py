@@ -22,6 +22,7 @@ Array = npt.NDArray[Any]
 
 ALPHAS = (0.15, 0.3, 0.5, 0.7, 0.85, 1.0)
 MARGIN = 1.3  # over the greatest value of calibration, below an upper bound that stays where it is
+ROOM = 0.1  # of the range of a channel, beyond what calibration saw
 _FLOOR = 1 / 64  # of the greatest: a channel that is nearly zero is not blown up without end
 _GAIN = 0.05  # of the predicted error, that scales must save
 
@@ -122,3 +123,22 @@ def _reach(carriers: Sequence[Carrier], channels: int) -> Array:
         return np.ones(channels)
     made: Array = np.maximum(reach, _FLOOR * reach.max())
     return made
+
+
+def high_bias(low: Array, high: Array, limit: float = np.inf, margin: float = ROOM) -> Array | None:
+    """What the next layer's bias can absorb of each channel behind a Relu, float64 (C,); None if nothing is gained.
+
+    Section 4.1.3: relu(z) = relu(z - c) + c where z >= c, so b1 becomes b1 - c and b2 becomes b2 + W2 c. The paper takes
+    c = max(0, beta - 3 sigma) from batch normalization; here it is the least value seen, less a share of the range.
+
+    Args:
+        low: least value of each channel behind the Relu, (C,).
+        high: greatest value, (C,).
+        limit: an upper bound of the activation, which channels that come near it must reach as before.
+        margin: of the width of a channel's range, that values may go beyond it unchanged.
+    """
+    lows, highs = np.asarray(low, np.float64), np.asarray(high, np.float64)
+    room = margin * (highs - lows)
+    shift = np.where(highs + room <= limit, np.maximum(lows - room, 0.0), 0.0)
+    before, after = highs.max(initial=0.0), (highs - shift).max(initial=0.0)
+    return shift if after < (1 - _GAIN) * before else None

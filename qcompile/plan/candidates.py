@@ -3,7 +3,7 @@
 Roles: `conv` has 8-bit codes in and out and an 8-bit weight; `binary`, `unary`, `pool`, `concat` map
 codes to codes; `same` moves codes about without changing them; `free` only changes what the codes
 mean (a product or sum with a number); `dynamic` (MatMul, Gemm) and `recurrent` take floats and find
-the scale themselves; `embedding` looks up 8-bit rows.
+the scale themselves, and may have an 8-bit weight alone; `embedding` looks up 8-bit rows.
 """
 
 from __future__ import annotations
@@ -55,6 +55,12 @@ class Candidate:
     row: OpRow | None
     data: tuple[ir.Value, ...]
     absorbed: tuple[ir.Node, ...] = ()
+
+    @property
+    def block(self) -> int:
+        """Weights that share a scale if only the weight of a product is 8-bit; 0: there is no such form."""
+        by_itself = is_op(self.node, "Gemm") and attribute(self.node, "alpha", 1.0) == 0
+        return 0 if self.row is None or self.role != "dynamic" or by_itself else self.row.block
 
     @property
     def result(self) -> ir.Value:

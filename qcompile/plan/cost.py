@@ -10,11 +10,11 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from qcompile.plan.candidates import Candidate, Facts
-from qcompile.plan.make import Request, border_costs, node_costs
+from qcompile.plan.make import Request, border_costs, node_costs, product_costs
 from qcompile.plan.plan import Form, Plan
 from qcompile.targets.schema import Target
 
-_INTEGER = (Form.STATIC, Form.FREE, Form.DYNAMIC)
+_INTEGER = (Form.STATIC, Form.FREE, Form.DYNAMIC, Form.WEIGHT)
 _APART = ("recurrent", "embedding")  # neither is part of the cut
 
 
@@ -41,6 +41,10 @@ def plan_cost(
             continue
         if entry.node in absorbed and entry.form not in _INTEGER:
             continue  # as float it is fused as well
+        if entry.form is Form.WEIGHT:
+            _, as_int, by_block = product_costs(entry.node, item, facts, request)
+            total += as_int if by_block is None else by_block
+            continue
         measured = request.measured.get(entry.node)
         as_float, as_int = measured or node_costs(item, facts)
         if entry.form in _INTEGER:

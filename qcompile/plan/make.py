@@ -24,6 +24,7 @@ from qcompile.plan.network import Network
 from qcompile.plan.plan import Form, NodePlan, Plan
 from qcompile.targets.schema import Target
 
+_CLEARLY = 0.95  # of the time of a dynamic product: less is noise of the clock
 _STATIC = ("conv", "binary", "unary", "pool", "concat", "same", "free")
 
 
@@ -46,6 +47,8 @@ class Request:
         border: factor on the target's costs of borders.
         gain: factor on the target's costs of float nodes.
         only: nodes that may be static: those of a plan that was calibrated; None: all.
+        by_block: nanoseconds of products with an 8-bit weight alone, by name, where that may be.
+        block_noise: noise-to-signal ratio that the outputs get from such a product.
     """
 
     calibrated: bool = True
@@ -62,6 +65,8 @@ class Request:
     border: float = 1.0
     gain: float = 1.0
     only: AbstractSet[str] | None = None
+    by_block: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    block_noise: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def find_candidates(model: ir.Model, target: Target, facts: Facts) -> dict[str, Candidate | str]:
@@ -107,14 +112,45 @@ def make_plan(
         static.pop(name, None)
     coded = static if request.calibrated and request.static else {}
     if math.isfinite(request.most_noise):
-        chosen = _cut(coded, linear, target, facts, request)
+        chosen, by_block = _cut(coded, linear, target, facts, request)
     else:
-        chosen = _cut(coded, {}, target, facts, request) | linear.keys()
+        chosen = _cut(coded, {}, target, facts, request)[0] | linear.keys()
+        by_block = {
+            name for name, item in linear.items() if _faster_by_block(name, item, facts, request)
+        }
     ops = {node.name or "": node.op_type for graph in graphs(model) for node in graph}
     entries = []
     for name, item in found.items():
+        if name in by_block and isinstance(item, Candidate):
+            entries.append(_by_block(name, item))
+            continue
         entries.append(_entry(name, item, chosen, static, absorbed, target, request, ops))
     return Plan(target.name, target.activation, tuple(entries))
+
+
+def product_costs(
+    name: str, item: Candidate, facts: Facts, request: Request
+) -> tuple[float, float, float | None]:
+    """Nanoseconds of a product as float, as dynamic, and with an 8-bit weight alone, where it may be that."""
+    form = request.forms.get(name)
+    as_float, as_int = request.measured.get(name) or node_costs(item, facts)
+    by_block = request.by_block.get(name) if item.block else None
+    if form is Form.WEIGHT and item.block:
+        return as_float, as_int, as_int if by_block is None else by_block
+    return as_float, as_int, None if form is Form.DYNAMIC else by_block
+
+
+def _faster_by_block(name: str, item: Candidate, facts: Facts, request: Request) -> bool:
+    """Whether a product is faster with an 8-bit weight alone, or must be so."""
+    _, as_int, by_block = product_costs(name, item, facts, request)
+    if by_block is None:
+        return False
+    return request.forms.get(name) is Form.WEIGHT or by_block < _CLEARLY * as_int
+
+
+def _by_block(name: str, item: Candidate) -> NodePlan:
+    scheme = f"int8.axis0/{item.block}.sym"
+    return NodePlan(name, item.node.op_type, Form.WEIGHT, scheme, "8-bit weight, scales by block")
 
 
 def _worth_its_noise(name: str, item: Candidate, facts: Facts, request: Request) -> bool:
@@ -130,7 +166,7 @@ def _allowed(name: str, item: Candidate, request: Request) -> bool:
         return False
     names = [name, *(n.name or "" for n in item.absorbed)]
     # a node that a plan sets to integer takes what it absorbs with it
-    wanted = request.forms.get(name) in (Form.STATIC, Form.DYNAMIC)
+    wanted = request.forms.get(name) in (Form.STATIC, Form.DYNAMIC, Form.WEIGHT)
     fixed = () if wanted else [n for n in names if request.forms.get(n) == Form.FLOAT]
     return not fixed and not any(n in request.keep_float for n in names)
 
@@ -189,19 +225,26 @@ def _entry(
 
 def _cut(
     static: Mapping[str, Candidate], linear: Mapping[str, Candidate], target: Target, facts: Facts, request: Request,
-) -> set[str]:  # fmt: skip
-    """The names of the nodes that become integer; those of `linear` have no borders."""
+) -> tuple[set[str], set[str]]:  # fmt: skip
+    """The names of the nodes that become integer, and of those among them whose weight alone does.
+
+    Those of `linear` have no borders.
+    """
     network = Network()
     vertex = {name: network.vertex() for name in (*static, *linear)}
     producer = {item.result: name for name, item in static.items()}
     for name, item in static.items():
         for value in item.node.outputs[1:]:
             producer[value] = name
+    dynamic: dict[str, int] = {}
     for name, item in (*static.items(), *linear.items()):
         rounded = name if name in linear else item.result.name or ""
         # some only hand on what is rounded already
         noise = 0.0 if item.role in ("same", "free") else request.noise.get(rounded, 0.0)
         noise += request.weights.get(name, 0.0)
+        if name in linear:
+            dynamic[name] = _product(network, vertex[name], name, item, noise, facts, request)
+            continue
         _node(network, vertex[name], name, item, noise, facts, request)
         if item.node.op_type == "MaxPool":
             _after_channels_last(network, vertex, name, item, static, producer)
@@ -211,7 +254,10 @@ def _cut(
         side = network.integer_side_within(request.most_noise)
     if side is None:
         side = network.integer_side(request.price)
-    return {name for name, number in vertex.items() if number in side}
+    chosen = {name for name, number in vertex.items() if number in side}
+    return chosen, {
+        name for name, number in dynamic.items() if name in chosen and number not in side
+    }
 
 
 def _node(
@@ -224,6 +270,31 @@ def _node(
         network.edge(0, vertex, None)
     network.edge(0, vertex, as_float)
     network.edge(vertex, 1, as_int, noise)
+
+
+def _product(
+    network: Network, vertex: int, name: str, item: Candidate, noise: float, facts: Facts, request: Request
+) -> int:  # fmt: skip
+    """What a product costs in each of its forms; the vertex that is on the integer side if it is dynamic.
+
+    With an 8-bit weight alone it stands between the others: `vertex` is on the integer side, and that one is not.
+    """
+    as_float, as_int, by_block = product_costs(name, item, facts, request)
+    quiet = request.block_noise.get(name, 0.0)
+    if request.forms.get(name) in (Form.DYNAMIC, Form.WEIGHT):
+        network.edge(0, vertex, None)
+    network.edge(0, vertex, as_float)
+    if by_block is None:
+        network.edge(vertex, 1, as_int, noise)
+        return vertex
+    second = network.vertex()
+    network.edge(second, vertex, None)
+    network.edge(vertex, second, by_block, quiet)
+    if request.forms.get(name) is Form.WEIGHT or (by_block < as_int and quiet <= noise):
+        network.edge(second, 1, None)  # dynamic is worse in both
+    else:
+        network.edge(second, 1, as_int, noise)
+    return second
 
 
 def _borders(

@@ -24,7 +24,7 @@ class Form(enum.StrEnum):
 
     STATIC: integer kernel, activation scales from calibration.
     DYNAMIC: integer kernel, the activation's scale found at every inference.
-    WEIGHT: 8-bit weight, float arithmetic (embeddings).
+    WEIGHT: 8-bit weight alone: rows of embeddings, and products whose kernel rounds each block of the input by itself.
     FREE: codes pass unchanged, only their scale or zero point is read differently.
     ABSORBED: part of the node before it (an activation function that saturation does anyway).
     FLOAT: as it was.

@@ -11,10 +11,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.algo.bias_correction import input_shift, weight_shift
+from qcompile.algo.blocks import Blocked
 from qcompile.graph.edit import array, attribute
 from qcompile.plan.candidates import Candidate
 from qcompile.plan.plan import Form, Plan
 from qcompile.quant.affine import dequantize, quantize
+from qcompile.quant.granularity import PerBlock
 from qcompile.quant.ranges import weight_params, weight_params_mse
 from qcompile.quant.scheme import QParams, Scheme
 
@@ -29,7 +31,7 @@ class Weight:
     Attributes:
         codes: int8, in the layout that the lowered operator reads: that of the node for Conv,
             (K, N) for MatMul and Gemm, (rows, width) for embeddings.
-        params: scale and zero point, per output channel or per row.
+        params: scale and zero point, per output channel, per row, or by blocks of K.
         bias: float32 (channels,), corrected; None if there is none and none is needed.
     """
 
@@ -138,14 +140,26 @@ def _wide_enough(own: QParams, bias: Array, input_scale: float) -> QParams:
 def _linear(node: ir.Node, spelling: str, saturating: bool, search: bool) -> Weight:
     w = array(node.inputs[1])
     assert w is not None
-    axis = 1
     if node.op_type == "Gemm":
         w = w * np.float32(attribute(node, "alpha", 1.0))
         if attribute(node, "transB", 0):
             w = np.ascontiguousarray(w.T)  # (N, K) -> (K, N)
-    scheme = Scheme.parse(spelling.replace("axis0", f"axis{axis}"))
-    own = _scales(w, scheme, saturating=saturating, search=search)
+    # a target spells the scheme of output channels for Conv; blocks are those of (K, N) already
+    blocks = "/" in spelling
+    scheme = Scheme.parse(spelling if blocks else spelling.replace("axis0", "axis1"))
+    own = _scales(w, scheme, saturating=saturating and not blocks, search=search)
     return Weight(quantize(w, own), own, gemm_bias(node, w.shape[1]))
+
+
+def blocked(node: ir.Node, weight: Weight) -> Blocked:
+    """The weight of a product, int8 (K, N) with scales (G, N), as MatMulNBits has it; what alpha multiplies, without it."""
+    codes = (weight.codes.T.astype(np.int16) + 128).astype(np.uint8)  # (N, K)
+    alpha = np.float32(attribute(node, "alpha", 1.0)) if node.op_type == "Gemm" else np.float32(1)
+    scale = np.ascontiguousarray(weight.params.scale.T / alpha, np.float32)  # (N, G)
+    granularity = weight.params.scheme.granularity
+    assert isinstance(granularity, PerBlock)
+    zero = np.full(scale.shape, 128, np.uint8)
+    return Blocked(codes, scale, zero, 8, granularity.size)
 
 
 def gemm_bias(node: ir.Node, width: int) -> Array | None:

@@ -50,6 +50,7 @@ class OpRow:
         float, int8: costs of the two forms.
         min_macs: below this many multiply-accumulates a run the node stays float.
         min_bytes: below this many weight bytes the node stays float.
+        block: weights that share a scale in the weight-only form, MatMulNBits with 8 bits; 0: there is no such form.
     """
 
     type: str
@@ -60,6 +61,7 @@ class OpRow:
     variant: str = ""
     min_macs: int = 0
     min_bytes: int = 0
+    block: int = 0
 
     @property
     def kernels(self) -> frozenset[str]:

@@ -139,7 +139,10 @@ def _verdict(
 ) -> Verdict:
     if node is None:
         return Verdict(name, op, form.value, "integer", "merged", "part of another node")
-    if node.op_type in kernels or (_INTEGER.search(node.op_type) and form is not Form.WEIGHT):
+    other = _INTEGER.search(node.op_type) and form is not Form.WEIGHT
+    by_block = form is Form.WEIGHT and node.op_type == "MatMulNBits"  # rounds its input by blocks
+    wanted = node.op_type in kernels and not (form is Form.WEIGHT and op != "Gather")
+    if wanted or other or by_block:
         return Verdict(name, op, form.value, "integer", node.op_type)
     if is_op(node, "DequantizeLinear", "QuantizeLinear"):
         return Verdict(

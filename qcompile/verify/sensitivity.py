@@ -63,9 +63,10 @@ def switched(
     graph, names = model.graph, Names(model)
     builder = _Builder(graph, names, code_type)
     by_node = {node.name: node for node in graph}
-    forms = (Form.STATIC, Form.DYNAMIC, *((Form.WEIGHT,) if by_weight else ()))
-    for entry in plan.of(*forms):
+    for entry in plan.of(Form.STATIC, Form.DYNAMIC, Form.WEIGHT):
         item = found[entry.node]
+        if not by_weight and isinstance(item, Candidate) and item.role == "embedding":
+            continue
         if entry.node in weights and entry.node in by_node and isinstance(item, Candidate):
             if by_weight:
                 builder.weight(by_node[entry.node], weights[entry.node])

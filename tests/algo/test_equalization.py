@@ -11,6 +11,7 @@ from qcompile.algo.equalization import (
     Carrier,
     Reader,
     best_scale,
+    high_bias,
     predicted_error,
 )
 
@@ -65,3 +66,25 @@ def test_a_clip_is_not_reached_by_what_was_seen(seed: int, top: float) -> None:
 def test_alike_channels_are_left() -> None:
     x = np.abs(np.random.default_rng(0).normal(size=(512, 16)))
     assert best_scale([Carrier(np.ones(16), (x**2).mean(axis=0), (Reader(np.ones(16)),))]) is None
+
+
+# ---- high biases
+
+
+def test_the_least_value_less_a_margin_is_absorbed() -> None:
+    shift = high_bias(np.array([0.0, 10.0, 0.5]), np.array([2.0, 12.0, 2.5]))
+    assert shift is not None
+    np.testing.assert_allclose(shift, [0, 9.8, 0.3])
+
+
+def test_nothing_is_absorbed_where_the_range_stays_as_wide() -> None:
+    assert high_bias(np.array([0.0, 9.0]), np.array([10.0, 10.0])) is None
+    assert high_bias(np.zeros(2), np.ones(2)) is None
+
+
+def test_channels_near_an_upper_bound_keep_their_bias() -> None:
+    low, high = np.array([5.0, 4.0]), np.array([6.0, 5.0])
+    assert high_bias(low, high, limit=6.0) is None
+    shift = high_bias(low, high, limit=7.0)
+    assert shift is not None
+    np.testing.assert_allclose(shift, [4.9, 3.9])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 from lowering import constant, eager
 from rewrites import parse
 
+from qcompile.plan.cost import plan_cost
 from qcompile.plan.make import Request, find_candidates, make_plan, node_costs
 from qcompile.plan.plan import Form, Plan
 from qcompile.run.probe import Fact
@@ -228,3 +231,75 @@ def test_a_product_with_a_number_costs_nothing_as_integer() -> None:
         "g (float[4] x) => (float[O] y) <float two = {2}> { [n] y = Mul(x, two) }", "n", y=(4,)
     )
     assert as_int == 0 < as_float
+
+
+# ---- products with an 8-bit weight alone
+
+
+def test_a_product_is_by_block_where_that_is_clearly_faster() -> None:
+    measured = {**CONVS, "product": (900.0, 500.0), "other": (900.0, 500.0)}
+    made = plan(measured=measured, by_block={"product": 470.0, "other": 490.0})
+    assert (made["product"].form, made["other"].form) == (Form.WEIGHT, Form.DYNAMIC)
+    assert made["product"].weight == "int8.axis0/32.sym"
+    assert made["product"].why == "8-bit weight, scales by block"
+    assert made["bias"].why == "part of product"
+
+
+def test_a_plan_fixes_weights_alone() -> None:
+    made = plan(forms={"product": Form.WEIGHT})
+    assert (made["product"].form, made["other"].form) == (Form.WEIGHT, Form.DYNAMIC)
+    faster = {"product": 1.0, "other": 1.0}
+    made = plan(forms={"product": Form.DYNAMIC, "other": Form.FLOAT}, by_block=faster)
+    assert (made["product"].form, made["other"].form) == (Form.DYNAMIC, Form.FLOAT)
+    made = plan(keep_float={"product": "so"}, by_block=faster)
+    assert made["product"].form is Form.FLOAT
+    assert plan(dynamic=False, by_block=faster)["product"].form is Form.FLOAT
+
+
+def test_a_target_without_such_a_kernel_has_none() -> None:
+    rows = tuple(dataclasses.replace(row, block=0) for row in TARGET.op)
+    bare = dataclasses.replace(TARGET, op=rows)
+    request = Request(by_block={"product": 1.0}, forms={"other": Form.WEIGHT})
+    made = make_plan(NET, bare, FACTS, request)
+    assert (made["product"].form, made["other"].form) == (Form.DYNAMIC, Form.DYNAMIC)
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_within_a_limit_each_product_has_the_best_of_three_forms(seed: int) -> None:
+    """Against an enumeration of all nine plans of two products."""
+    rng = np.random.default_rng(seed)
+    names = ("product", "other")
+    measured = {n: (float(rng.integers(50, 100)) * 10, float(rng.integers(10, 90)) * 10) for n in names}  # fmt: skip
+    by_block = {n: float(rng.integers(10, 90)) * 10 for n in names}
+    noise = {n: float(rng.integers(1, 9)) for n in names}
+    quiet = {n: float(rng.integers(1, 5)) for n in names}
+    most = float(rng.integers(0, 12)) + 0.5
+    request = Request(
+        calibrated=False, measured=measured, by_block=by_block, noise=noise, block_noise=quiet, most_noise=most
+    )  # fmt: skip
+    found = find_candidates(NET, TARGET, FACTS)
+    made = make_plan(NET, TARGET, FACTS, request, found)
+    each = [
+        {
+            Form.FLOAT: (measured[n][0], 0.0),
+            Form.DYNAMIC: (measured[n][1], noise[n]),
+            Form.WEIGHT: (by_block[n], quiet[n]),
+        }
+        for n in names
+    ]
+    costs = {
+        pair: (a[0] + b[0], a[1] + b[1])
+        for pair, a, b in (
+            ((f, g), each[0][f], each[1][g]) for f, g in itertools.product(each[0], each[1])
+        )
+    }
+    chosen = costs[made["product"].form, made["other"].form]
+    assert chosen[1] <= most
+    assert chosen[0] == min(cost for cost, total in costs.values() if total <= most)
+    floats = make_plan(NET, TARGET, FACTS, Request(calibrated=False, dynamic=False), found)
+    rest = plan_cost(floats, found, TARGET, FACTS, request) - sum(
+        pair[0] for pair in measured.values()
+    )
+    own = plan_cost(made, found, TARGET, FACTS, request) - rest
+    pairs = [(made[n].form, each[i]) for i, n in enumerate(names)]
+    assert own == pytest.approx(sum(table[form][0] for form, table in pairs))

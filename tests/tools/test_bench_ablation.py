@@ -26,7 +26,9 @@ def test_each_variant_differs_from_the_full_one() -> None:
     assert len({v.name for v in others}) == len(others)
     assert all(v.patches or v.recipe(0) != Recipe() for v in others)
     assert others[-1].name == BARE
-    assert {"equalize", "smooth", "bias_correction"} <= {v.name for v in others}
+    assert {"equalize", "absorb", "smooth", "masks", "rounding", "bias_correction"} <= {
+        v.name for v in others
+    }
 
 
 def test_stages_are_off_inside_and_on_again_after() -> None:

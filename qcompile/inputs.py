@@ -65,9 +65,16 @@ def check_compilable(model: ir.Model) -> None:
     """Nothing, if the model is float and its weights are numbers.
 
     Raises:
-        ModelError: it is quantized already, a weight holds NaN or an infinity, or a convolution works
-            on float64, for which ORT has no kernel; names node or tensor.
+        ModelError: it is quantized already, a weight holds NaN or an infinity, a convolution works on float64, for
+            which ORT has no kernel, or a function is for another opset; names node, tensor or function.
     """
+    for (domain, title, _), function in model.functions.items():
+        for other, opset in function.opset_imports.items():
+            if model.opset_imports.get(other, opset) != opset:
+                raise ModelError(
+                    f"function {f'{domain}.{title}'!r} is for opset {opset} of domain {other!r} and the model for "
+                    f"{model.opset_imports[other]}, so that it cannot be expanded: export the model for one opset."
+                )
     for graph in graphs(model):
         for node in graph:
             name = node.name or node.outputs[0].name

@@ -211,7 +211,9 @@ def _better(layer: _Layer, ours: Gram, theirs: Gram, step: float) -> tuple[Weigh
     if not after < before:
         return None
     full = max(_power(layer.weight, theirs.moment()), np.finfo(np.float64).tiny)
-    return Weight(codes, old.params, _bias(layer, codes)), Gain(before / full, after / full)
+    with np.errstate(over="ignore"):  # of a layer that makes nothing
+        gain = Gain(before / full, after / full)
+    return Weight(codes, old.params, _bias(layer, codes)), gain
 
 
 def _add_ridge(H: Array, step: float) -> None:

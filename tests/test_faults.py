@@ -320,14 +320,15 @@ def test_closed_streams(tmp_path: Path) -> None:
 @pytest.mark.parametrize("gone", ["e.onnx", "e.bin"])
 def test_inputs_removed_meanwhile(desk: Desk, words: list[str], gone: str) -> None:
     save(linear_net(), desk / "e.onnx", data="e.bin")
-    (desk / "thief.py").write_text(
+    thief = f"thief_of_{Path(gone).suffix[1:]}_{len(words)}"  # imported once a process
+    (desk / f"{thief}.py").write_text(
         "import numpy as np\nfrom pathlib import Path\n"
         "def feeds():\n    for i in range(9):\n"
         f"        Path({gone!r}).unlink(missing_ok=True)\n"
         "        yield {'x': np.full((1, 256), i, 'f')}\n"
     )
     before = desk.files()
-    done = desk.run("e.onnx", "--data", "thief:feeds", *words)
+    done = desk.run("e.onnx", "--data", f"{thief}:feeds", *words)
     assert (done.code, done.err) == (
         2, f"qcompile: {gone} does not exist, or was removed meanwhile.\n"
     )  # fmt: skip

@@ -1,11 +1,12 @@
 """What each rewrite and correction is worth: compiles with all of them, without each in turn, and with none.
 
     python tools/bench_ablation.py [--tasks imagenet,coco,stsb,ocr_rec] [--limit 100] [--samples 64]
-                                   [--only equalize,smooth] [--out table.md]
+                                   [--only equalize,smooth] [--untimed] [--out table.md]
 
 A row has the SQNR and the agreement of decisions with FP32 on the evaluation samples of the kit, which no compilation saw, and
 the speed-up against FP32 in turns. What is off by default (`weight_search`, and `rounding` where the recipe has it) is
-switched the other way. The kit is found beside the checkout (../shared/eval), by --eval or by the environment
+switched the other way. With --untimed plans follow the target's costs, not measured ones, and nothing is left float for
+accuracy: then rows differ by what they name alone, on a busy machine as well, and have no speed-up. The kit is found beside the checkout (../shared/eval), by --eval or by the environment
 variable QCOMPILE_EVAL.
 """
 
@@ -33,6 +34,14 @@ HEAD = ("without", "SQNR dB", "change", "agreement %", "change", "speed-up", "se
 FULL, BARE = "nothing: all is on", "all of it"
 
 
+UNTIMED = (
+    (Workshop, "timed", lambda _shop, request: request),
+    (search, "_faster", lambda _shop, _request, best, _opened, _history: best),
+    (search, "_speed", lambda _attempt, _opened: 1.0),
+)
+OF_TIME = ("measured kernels", "8-bit weights alone", "float for accuracy (sqnr_goal)")
+
+
 @dataclasses.dataclass(frozen=True)
 class Variant:
     """A compilation with something off, or on that is off by default.
@@ -50,6 +59,11 @@ class Variant:
     def recipe(self, threads: int) -> Recipe:
         """The default recipe with these options."""
         return Recipe(threads=threads, **self.options)
+
+    def untimed(self) -> Variant:
+        """The same, whatever clocks say: the plan is that of the target's costs, in the fused form."""
+        options = {"sqnr_goal": 0.0, "bench_seconds": 0.01, "format": "fused", **self.options}
+        return Variant(self.name, options, (*self.patches, *UNTIMED))
 
     @contextlib.contextmanager
     def patched(self) -> Iterator[None]:
@@ -118,7 +132,10 @@ class Ablation:
         ]
         rows = []
         with tempfile.TemporaryDirectory(prefix="qcompile-ablation-") as folder:
-            for variant in chosen(self.args.only):
+            found = chosen(self.args.only)
+            if self.args.untimed:
+                found = [variant.untimed() for variant in found if variant.name not in OF_TIME]
+            for variant in found:
                 row = self.row(task, variant, feeds, Path(folder) / "o.onnx")
                 say(f"{name}: {variant.name}: {row}")
                 rows.append((variant.name, row))
@@ -135,7 +152,8 @@ class Ablation:
         scored = self.kit.compare(task, out, task.model, self.args.limit, self.args.threads)
         speed = min(feed["speedup"] for feed in scored["latency"].values())
         return {
-            "db": scored["sqnr_db"], "agreement": scored["agreement %"], "speed": speed,
+            "db": scored["sqnr_db"], "agreement": scored["agreement %"],
+            "speed": None if self.args.untimed else speed,
             "seconds": done.seconds,
         }  # fmt: skip
 
@@ -160,7 +178,8 @@ def markdown(task: str, rows: Sequence[tuple[str, Mapping[str, float | None]]]) 
             cells.append("" if value is None else f"{value:.{digits}f}")
             same = row is first or value is None or reference is None
             cells.append("" if same else f"{value - reference:+.{digits}f}")  # type: ignore[operator]
-        cells += [f"{row['speed']:.2f}x", f"{row['seconds']:.0f}"]
+        speed = row["speed"]
+        cells += ["" if speed is None else f"{speed:.2f}x", f"{row['seconds']:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join([*lines, ""])
 
@@ -176,6 +195,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tasks", default=",".join(TASKS), help=f"of {', '.join(TASKS)}")
     parser.add_argument("--only", type=lambda text: text.split(","), metavar="WORDS",
                         help="rows whose names hold one of these words")  # fmt: skip
+    parser.add_argument(
+        "--untimed",
+        action="store_true",
+        help="compare accuracy alone, with plans that no clock decides",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="first N evaluation samples")
     parser.add_argument("--samples", type=int, default=64, metavar="N", help="for calibration")
     parser.add_argument("--threads", type=int, default=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from bench_ablation import BARE, FULL, Ablation, chosen, markdown, variants
+from bench_ablation import BARE, FULL, OF_TIME, Ablation, chosen, markdown, variants
 from networks import conv_net, samples, save
 
 from qcompile import search
@@ -41,6 +42,23 @@ def test_stages_are_off_inside_and_on_again_after() -> None:
     assert Workshop.timed is timed
 
 
+def test_without_clocks_all_else_is_as_it_is() -> None:
+    """The same plan and the same search of ranges, and what the row names stays off."""
+    full, *others = variants()
+    bare = full.untimed()
+    assert bare.recipe(1) == Recipe(threads=1, sqnr_goal=0.0, bench_seconds=0.01, format="fused")
+    smooth = next(v for v in others if v.name == "smooth").untimed()
+    assert smooth.recipe(1) == dataclasses.replace(bare.recipe(1), smooth=False)
+    true = search._faster
+    with bare.patched():
+        best: Any = object()
+        assert search._faster(None, None, best, None, None) is best  # type: ignore[arg-type]
+        assert search._speed(best, None) == 1.0  # type: ignore[arg-type]
+        assert Workshop.timed(None, "request") == "request"  # type: ignore[arg-type]
+    assert search._faster is true
+    assert set(OF_TIME) < {v.name for v in others}
+
+
 def test_words_choose_rows_and_the_full_one_stays() -> None:
     assert [v.name for v in chosen(["equalize", "smooth"])] == [FULL, "equalize", "smooth"]
     assert len(chosen(None)) == len(variants())
@@ -50,12 +68,12 @@ def test_changes_are_against_the_first_row() -> None:
     rows = [
         (FULL, {"db": 25.0, "agreement": 98.0, "speed": 2.0, "seconds": 9.4}),
         ("a", {"db": 23.5, "agreement": 98.5, "speed": 1.9, "seconds": 8.0}),
-        ("b", {"db": None, "agreement": None, "speed": 1.0, "seconds": 7.0}),
+        ("b", {"db": None, "agreement": None, "speed": None, "seconds": 7.0}),
     ]
     lines = markdown("t", rows).splitlines()
     assert lines[4] == f"| {FULL} | 25.0 |  | 98.00 |  | 2.00x | 9 |"
     assert lines[5] == "| a | 23.5 | -1.5 | 98.50 | +0.50 | 1.90x | 8 |"
-    assert lines[6] == "| b |  |  |  |  | 1.00x | 7 |"
+    assert lines[6] == "| b |  |  |  |  |  | 7 |"
 
 
 def test_a_table_of_a_kit(tmp_path: Path, clock: Any) -> None:
@@ -72,7 +90,7 @@ def test_a_table_of_a_kit(tmp_path: Path, clock: Any) -> None:
     kit = SimpleNamespace(
         TASKS={"t": task, "gone": SimpleNamespace(model=tmp_path / "no")}, compare=compare
     )
-    args: Any = SimpleNamespace(samples=8, threads=1, limit=5, only=["smooth"])
+    args: Any = SimpleNamespace(samples=8, threads=1, limit=5, only=["smooth"], untimed=False)
     text = Ablation(args, kit).table("t")
     assert seen == [(True, model, 5, 1)] * 2
     assert text.count("| 20.0 |") == 2

@@ -3,7 +3,7 @@
 The bound on the error is what rounding makes unavoidable, times a margin, and not a number of decibels: a graph of
 one operator with the suite's values may cancel, divide by little, or be an ArgMax, and then no 8 bits help. The float
 model is therefore run once more with every tensor rounded: inputs and, for 8-bit activations, all that nodes make to
-8 bits over their range, constants to the bits of the recipe in its blocks. The root mean square of what that changes
+8 bits over the range that calibrated, beyond which they saturate, constants to the bits of the recipe in its blocks. The root mean square of what that changes
 in an output, the most of all samples, with half a step of 8 bits added, is the noise that rounding makes. A result
 may have `MARGIN` times as much, as other codes are rounded elsewhere. Outputs that are no floats may differ in so many
 places, measured likewise, and NaN and infinities must stand where they stood. A result in which nothing is integer
@@ -75,8 +75,7 @@ def usable(
 ) -> tuple[list[Mapping[str, Any]], list[Mapping[str, Any]], bool]:
     """The feeds of either kind that are alike, and whether runs repeat.
 
-    Alike are feeds that make outputs of the shapes, NaN and infinities of the first one's. Those that judge stay
-    within the range of the outputs that calibrated: beyond it codes saturate, which is no error of a compiler.
+    Alike are feeds that make outputs of the shapes, NaN and infinities of the first one's.
 
     Raises:
         Exception: ONNX Runtime cannot run the first.
@@ -87,31 +86,18 @@ def usable(
         for level, values in again.items()
         for a, b in zip(values, first[level], strict=True)
     )
-    known = [(feed, made) for feed in calibrating if (made := _like(runner, feed, first["all"]))]
-    fresh = [(feed, made) for feed in judging if (made := _like(runner, feed, first["all"]))]
-    limits = [
-        (min(low for low, _ in ends), max(high for _, high in ends))
-        for ends in zip(*(map(_ends, made) for _, made in known), strict=True)
-    ]
-    inside = [
-        feed
-        for feed, made in fresh
-        if not repeats
-        or all(
-            low <= ends[0] and ends[1] <= high
-            for (low, high), ends in zip(limits, map(_ends, made), strict=True)
-        )
-    ]
-    return [feed for feed, _ in known], inside, repeats
+    known = [feed for feed in calibrating if _like(runner, feed, first["all"])]
+    fresh = [feed for feed in judging if _like(runner, feed, first["all"])]
+    return known, fresh, repeats
 
 
-def _like(runner: Runner, feed: Mapping[str, Any], first: Sequence[Any]) -> list[Any]:
-    """The outputs for a feed if they are like the first ones, else nothing."""
+def _like(runner: Runner, feed: Mapping[str, Any], first: Sequence[Any]) -> bool:
+    """Whether the outputs for a feed are like the first ones."""
     try:
         made = runner.run(feed)["all"]
     except Exception:  # noqa: BLE001 - ORT raises a dozen classes
-        return []
-    return made if all(map(_alike, made, first)) else []
+        return False
+    return all(map(_alike, made, first))
 
 
 def _ends(output: Any) -> tuple[float, float]:
@@ -299,13 +285,20 @@ def noisy(
 
 
 class Judge:
-    """The float model on feeds that it takes, against which files are judged."""
+    """The float model on feeds that it takes, against which files are judged.
+
+    Args:
+        model: the float model, which ONNX Runtime runs.
+        calibrating: feeds whose ranges are those of the result.
+        feeds: that it is judged on.
+        repeats: whether the model makes the same of the same; otherwise only shapes are compared.
+    """
 
     def __init__(
-        self, model: onnx.ModelProto, feeds: Sequence[Mapping[str, Any]], *, repeats: bool
-    ) -> None:
-        """Without `repeats` the model does not make the same of the same: then only shapes are compared."""
-        self.model, self.feeds, self.repeats = model, feeds, repeats
+        self, model: onnx.ModelProto, calibrating: Sequence[Mapping[str, Any]],
+        feeds: Sequence[Mapping[str, Any]], *, repeats: bool,
+    ) -> None:  # fmt: skip
+        self.model, self.calibrating, self.feeds, self.repeats = model, calibrating, feeds, repeats
         self.before = Runner(model)
         self.wanted = [self.before.run(feed) for feed in feeds]
         self._noise: dict[int | None, list[float]] = {}
@@ -362,7 +355,7 @@ class Judge:
     def _allowed(self, number: int, level: str, bits: int | None) -> list[float]:
         """The largest error of each output where something is."""
         if bits not in self._noise:
-            self._noise[bits] = self._noise_of(noisy(self.model, bits, self.feeds))
+            self._noise[bits] = self._noise_of(noisy(self.model, bits, self.calibrating))
         return [
             MARGIN * (noise + (span(y) / 255 / 2 if _has_steps(y) else 0.0))
             for y, noise in zip(self.wanted[number][level], self._noise[bits], strict=True)

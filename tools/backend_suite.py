@@ -77,7 +77,7 @@ def answer(case: backend_cases.Case, settings: Sequence[Setting], folder: Path) 
         calibrating, judging, repeats = usable(runner, calibrating, judging)
     except Exception as problem:  # noqa: BLE001 - ORT raises a dozen classes
         reason = str(problem).splitlines()[0][:200] if str(problem) else type(problem).__name__
-    judge = None if reason else Judge(case.model, judging, repeats=repeats)
+    judge = None if reason else Judge(case.model, calibrating, judging, repeats=repeats)
     eager = eager_target(folder)
     for setting in settings:
         verdict = Verdict("")

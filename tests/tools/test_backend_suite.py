@@ -124,7 +124,7 @@ def test_what_the_judge_says(
     tmp_path: Path, text: str, integer: int, outcome: str, why: str
 ) -> None:
     onnx.save(from_text(text), tmp_path / "m.onnx")
-    verdict = Judge(FLOAT, [FEED], repeats=True)(tmp_path / "m.onnx", integer, None)
+    verdict = Judge(FLOAT, [FEED], [FEED], repeats=True)(tmp_path / "m.onnx", integer, None)
     assert verdict.outcome == outcome, verdict
     assert why in verdict.why
 
@@ -133,7 +133,7 @@ def test_flags_may_differ_where_rounding_flips_them(tmp_path: Path) -> None:
     """Of 100 numbers around zero one or two are rounded to it; all of them are not."""
     text = "g (float[100] x) => (bool[100] y) <float k = {{0}}, float f = {{{}}}> {{ s = Mul(x, f) y = Greater(s, k) }}"
     feed = {"x": np.linspace(-1, 1, 100, dtype=np.float32)}
-    judge = Judge(from_text(text.format(1)), [feed], repeats=True)
+    judge = Judge(from_text(text.format(1)), [feed], [feed], repeats=True)
     for factor, outcome in ((2, "right"), (-1, "wrong")):
         onnx.save(from_text(text.format(factor)), tmp_path / "m.onnx")
         assert judge(tmp_path / "m.onnx", 1, None).outcome == outcome

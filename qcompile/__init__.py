@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcompile.errors import (
     DataError,
+    LimitError,
     ModelError,
     OutputError,
     PassError,
@@ -34,7 +35,7 @@ _LAZY = {
 }  # fmt: skip
 
 __all__ = [
-    "DataError", "ModelError", "OutputError", "PassError", "Plan", "QcompileError", "Recipe",
+    "DataError", "LimitError", "ModelError", "OutputError", "PassError", "Plan", "QcompileError", "Recipe",
     "RecipeError", "Result", "Target", "__version__", "compile_model", "load_plan", "load_recipe",
     "load_target",
 ]  # fmt: skip

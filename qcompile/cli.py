@@ -14,7 +14,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qcompile.errors import OutputError, PassError, QcompileError, RecipeError, printable
+from qcompile.errors import (
+    LimitError,
+    OutputError,
+    PassError,
+    QcompileError,
+    RecipeError,
+    printable,
+)
 from qcompile.option_groups import SWITCHES
 from qcompile.options import COMMANDS, parser_of, recipe_of
 
@@ -45,6 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.code in (0, 2) or not isinstance(error.code, int):
             raise  # --help, or an option that argparse refuses
         return _fail(2, f"a data function ended the program with exit code {error.code}.")
+    except LimitError as error:
+        return _fail(3, str(error))
     except (QcompileError, OSError) as error:
         if os.environ.get("QCOMPILE_DEBUG"):
             raise

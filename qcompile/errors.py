@@ -1,7 +1,7 @@
 """The errors of qcompile: each class says whose fault it is.
 
 A message is one sentence: what was found, where (node, tensor, file, key), and what to do.
-The command line prints it without a traceback and exits with 2, but for `PassError`.
+The command line prints it without a traceback and exits with 2, with 3 for `LimitError`; `PassError` has a traceback.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ class DataError(QcompileError):
 
 class RecipeError(QcompileError):
     """An option, recipe, plan or target is wrong."""
+
+
+class LimitError(QcompileError):
+    """No result can keep a limit: exit code 3, and nothing is written."""
 
 
 class OutputError(QcompileError):

@@ -56,7 +56,10 @@ def add_limits(parser: Parser) -> None:
         "--min-sqnr", type=number, metavar="DB", help="decibels that every output slice must have"
     )
     group.add_argument(
-        "--max-size", type=limit("--max-size", "MB"), metavar="MB|P%", help="size of the file"
+        "--max-size",
+        type=limit("--max-size", "MB"),
+        metavar="MB|P%",
+        help="size of the file; with weights of few bits these are shared out to fit it",
     )
     group.add_argument(
         "--max-latency", type=limit("--max-latency", "ms"), metavar="MS|P%", help="time of one run"
@@ -108,7 +111,15 @@ def add_few_bits(parser: Parser) -> None:
     """Weights of few bits."""
     group = parser.add_argument_group("weights of few bits and float activations (--recipe int4)")
     add_choice(group, "--bits", (2, 4, 8), "of weights, for MatMulNBits")
-    add_choice(group, "--block", (16, 32, 64, 128, 256), "weights that share a scale (32)")
+    group.add_argument(
+        "--bits-per-weight", type=number, metavar="X",
+        help="on average, scales and zero points included: each matrix gets the bits (2, 4, 8) and the block that cost"
+        " least accuracy; --max-size does the same for the whole file",
+    )  # fmt: skip
+    add_choice(
+        group, "--block", (16, 32, 64, 128, 256),
+        "weights that share a scale (32; with --bits-per-weight or --max-size what fits)",
+    )  # fmt: skip
     group.add_argument(
         "--symmetric", action="store_true", default=None, help="no zero points: smaller, less exact"
     )

@@ -28,7 +28,7 @@ _DATA = ("samples", "tokenizer", "max_tokens")
 _OWN = (
     "ranges", "target", "threads", "format", "sqnr_goal", "min_sqnr", "memory", "skip_bad", "max_drop", "metric",
     "lower_is_better", "max_size", "max_latency", "objective", "search_time", *SWITCHES,
-    "kv_cache", "bits", "block", "symmetric", "algorithm", "accuracy_level",
+    "kv_cache", "bits", "bits_per_weight", "block", "symmetric", "algorithm", "accuracy_level",
 )  # fmt: skip
 
 
@@ -68,7 +68,7 @@ other commands, each with --help:
 exit codes:
   0  good
   2  the input or the command is wrong; nothing was written
-  3  a limit is missed, or an output has lost its information
+  3  a limit is missed (nothing was written if none could be kept), or an output has lost its information
   4  the result is not faster, or not fused as planned; it is still written"""
 
 

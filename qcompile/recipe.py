@@ -15,12 +15,14 @@ from qcompile.calib.data import DataOptions
 from qcompile.calib.observe import MEMORY
 from qcompile.calib.ranges import method
 from qcompile.errors import RecipeError, nearest
-from qcompile.limits import parse_limit
+from qcompile.limits import Limit, parse_limit
 from qcompile.quant.cache import KINDS, Kind
 from qcompile.table import fill, read_text, read_toml
 
 _MOST_THREADS = 4096
 Format = Literal["auto", "qdq", "fused"]
+BLOCKS = (16, 32, 64, 128, 256)  # that kernels take
+USUAL_BLOCK = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Recipe:
             unit of `metric`; without a metric, the share of decisions that differ, or of the cosine that is lost.
         metric: `module:function` or a function of an `onnxruntime.InferenceSession`, which scores it on labelled data.
         lower_is_better: of the metric.
-        max_size, max_latency: limits in MB (10^6 bytes) and ms, or shares of the float model as `50%`.
+        max_size, max_latency: limits in MB (10^6 bytes) and ms, or shares of the float model as `50%`. With `bits`, bits and
+            blocks are shared out so that the file keeps `max_size`, and the other limits are refused.
         objective: what is best among the results within the limits.
         search_time: seconds that the search for a result within the limits may take.
         equalize: fold scales of channels into the neighbouring weights of convolutions, where that helps.
@@ -53,7 +56,9 @@ class Recipe:
         masks: constants as -1e9 before a Softmax give way to numbers that fit 8 bits, where an integer Add then pays.
         rounding: search codes of weights for the least error of what layers compute, not of the weights.
         bits: of weights, 2, 4 or 8, with float activations (MatMulNBits); None: 8-bit weights and activations.
-        block: weights of a row that share a scale, 16 to 256.
+        block: weights of a row that share a scale, 16 to 256; None: 32, or what fits where bits are shared out.
+        bits_per_weight: on average, 2 to 8, of codes, scales and zero points: each matrix then gets the bits and the block
+            that cost the model least, whatever `bits` says.
         symmetric: weights of `bits` have no zero points: smaller by bits / block a weight, and less exact.
         algorithm: that rounds weights of `bits`: one of `qcompile.algo.choose`, or `auto`, the best for each matrix.
         accuracy_level: of MatMulNBits: 4 rounds activations to 8 bits by blocks and is fast, 0 and 1 do not.
@@ -93,7 +98,8 @@ class Recipe:
     masks: bool = True
     rounding: bool = True
     bits: int | None = None
-    block: int = 32
+    block: int | None = None
+    bits_per_weight: float | None = None
     symmetric: bool = False
     algorithm: str = "auto"
     accuracy_level: Literal[0, 1, 2, 3, 4] = 4
@@ -136,11 +142,14 @@ class Recipe:
     def _check_weights(self) -> None:
         if self.bits not in (None, 2, 4, 8):
             raise RecipeError(f"bits is {self.bits}: kernels take weights of 2, 4 or 8 bits.")
-        if self.block not in (16, 32, 64, 128, 256):
+        if self.block not in (None, *BLOCKS):
             raise RecipeError(
                 f"block is {self.block}: kernels take 16, 32, 64, 128 or 256 weights."
             )
-        mine = ("bits_for", "symmetric", "algorithm", "block", "accuracy_level")
+        average = self.bits_per_weight
+        if average is not None and not 2 <= average <= 8:
+            raise RecipeError(f"bits_per_weight is {average:g}: give 2 to 8.")
+        mine = ("bits_for", "symmetric", "algorithm", "block", "accuracy_level", "bits_per_weight")
         usual = {field.name: field.default for field in dataclasses.fields(self)}
         changed = [name for name in mine if getattr(self, name) != usual[name]]
         if self.bits is None and changed:
@@ -156,9 +165,11 @@ class Recipe:
                 "max_drop, min_sqnr, max_size and max_latency are not searched for with kv_cache: leave them out."
             )
         if self.bits is not None and self.limited:
-            raise RecipeError(
-                "max_drop, min_sqnr, max_size and max_latency are not searched for with weights of few bits: leave them out."
-            )
+            others = (self.max_drop, self.min_sqnr, self.max_latency)
+            if any(limit is not None for limit in others):
+                raise RecipeError(
+                    "max_drop, min_sqnr and max_latency are not searched for with weights of few bits: leave them out, or give max_size."
+                )
 
     def _check_budget(self) -> None:
         for name, text, unit in (
@@ -179,6 +190,23 @@ class Recipe:
     def keeps_weights(self) -> bool:
         """Whether weights and activations stay float, so that only caches become integers."""
         return self.bits is None and not self.static and not self.dynamic
+
+    @property
+    def usual_block(self) -> int:
+        """Weights that share a scale where nothing else decides."""
+        return USUAL_BLOCK if self.block is None else self.block
+
+    @property
+    def shares_bits(self) -> bool:
+        """Whether bits and blocks are shared out among the matrices, within a size."""
+        return self.bits is not None and (
+            self.bits_per_weight is not None or self.max_size is not None
+        )
+
+    @property
+    def size_limit(self) -> Limit | None:
+        """`max_size`, read; None if there is none."""
+        return None if self.max_size is None else parse_limit(self.max_size, "max_size", "MB")
 
     @property
     def limited(self) -> bool:

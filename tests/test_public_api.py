@@ -14,7 +14,7 @@ from networks import conv_net, linear_net, rows, samples
 import qcompile
 
 NAMES = [
-    "DataError", "ModelError", "OutputError", "PassError", "Plan", "QcompileError", "Recipe",
+    "DataError", "LimitError", "ModelError", "OutputError", "PassError", "Plan", "QcompileError", "Recipe",
     "RecipeError", "Result", "Target", "__version__", "compile_model", "load_plan", "load_recipe",
     "load_target",
 ]  # fmt: skip

@@ -72,7 +72,16 @@ def test_built_in() -> None:
     assert load_recipe(own) is own
 
 
-FEW_BITS = {"bits", "block", "symmetric", "algorithm", "accuracy_level", "bits_for", "kv_cache"}
+FEW_BITS = {
+    "bits",
+    "bits_per_weight",
+    "block",
+    "symmetric",
+    "algorithm",
+    "accuracy_level",
+    "bits_for",
+    "kv_cache",
+}
 
 
 def test_keys_of_weights_of_few_bits(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def assign(model: ir.Model, recipe: Recipe, original: ir.Model) -> Assignment:
     keep = match_patterns(model, recipe.keep_float, original).why
     if recipe.bits is None:
         return Assignment((), ())
-    asked = _asked(model, recipe.bits_for, original)
+    asked = asked_bits(model, recipe.bits_for, original)
     chosen: list[tuple[Linear, Scheme]] = []
     left: list[tuple[Linear, str]] = []
     items = find_linears(model)
@@ -81,7 +81,7 @@ def assign(model: ir.Model, recipe: Recipe, original: ir.Model) -> Assignment:
         assert item.weight is not None
         usual = recipe.bits if item.weight.key not in tied else max(recipe.bits, TABLE_BITS)
         bits = asked.get(item.name, usual)
-        chosen.append((item, Scheme(bits, recipe.block, recipe.symmetric)))
+        chosen.append((item, Scheme(bits, recipe.usual_block, recipe.symmetric)))
     return Assignment(tuple(_shared(chosen)), tuple(left))
 
 
@@ -111,8 +111,12 @@ def _shared(chosen: Sequence[tuple[Linear, Scheme]]) -> list[tuple[Linear, Schem
     return [(item, most[item.weight.key]) for item, _ in chosen if item.weight is not None]
 
 
-def _asked(model: ir.Model, wishes: Sequence[str], original: ir.Model) -> dict[str, int]:
-    """Bits by node name, of the wishes PATTERN=BITS; the last one counts."""
+def asked_bits(model: ir.Model, wishes: Sequence[str], original: ir.Model) -> dict[str, int]:
+    """Bits by node name, of the wishes PATTERN=BITS; the last one counts.
+
+    Raises:
+        RecipeError: a wish is spelled otherwise, or its pattern matches nothing.
+    """
     found: dict[str, int] = {}
     for wish in wishes:
         pattern, _, bits = wish.rpartition("=")

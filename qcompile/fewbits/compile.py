@@ -18,6 +18,7 @@ from qcompile.calib.split import Judges
 from qcompile.decode import IDS, one_more
 from qcompile.errors import RecipeError
 from qcompile.fewbits.assign import Assignment, assign, others
+from qcompile.fewbits.fit import bytes_before, fit, too_large
 from qcompile.fewbits.scales import AWQ, find_scales
 from qcompile.fewbits.sequential import Found, solve_in_order, solve_plain, tally
 from qcompile.finish import latency_rows, peak_rss
@@ -65,6 +66,7 @@ def compile_weights(
     Raises:
         ModelError: ORT refuses the result, or a weight holds NaN.
         RecipeError: a pattern matches nothing.
+        LimitError: `max_size` or `bits_per_weight` is less than any result has.
         OutputError: the result cannot be written.
     """
     assignment = assign(opened.prepared, opened.recipe, opened.original)
@@ -74,6 +76,8 @@ def compile_weights(
         prepared = opened.prepared.clone()
         run_pass(SmoothLinear(scales), prepared)
         assignment = assign(prepared, opened.recipe, opened.original)
+    if opened.recipe.shares_bits and assignment.chosen:
+        assignment = fit(opened, prepared, assignment, "nbits", show).assignment
     found = _solve(opened, prepared, assignment, show) if assignment.chosen else {}
     model = prepared.clone()
     weights = {name: blocked for name, (blocked, _) in found.items()}
@@ -96,9 +100,7 @@ def compile_weights(
         feeds = latency_rows(opened, session, _one_token(opened))
     _describe(model, opened)
     # if the model is gone by now, nothing is written
-    size = (
-        io.file_bytes(opened.path) if opened.path is not None else io.weight_bytes(opened.original)
-    )
+    size = bytes_before(opened)
     if place is not None:
         with show.stage("writing"):
             io.save(model, place)
@@ -204,6 +206,8 @@ def _describe(model: ir.Model, opened: Opened) -> None:
     )  # fmt: skip
     if recipe.bits is not None:
         told = ("bits", "block", "accuracy_level")
+        if recipe.shares_bits:  # each node has its own bits and block
+            told = ("bits_per_weight", "max_size", "accuracy_level")
         model.metadata_props.update({f"qcompile.{key}": str(getattr(recipe, key)) for key in told})
 
 
@@ -265,11 +269,14 @@ def _result(
         if single and row not in single and row["speedup"] < 1.0
     ]
     schemes = {item.name: str(scheme) for item, scheme in assignment.chosen}
+    after = io.file_bytes(place) if place else 0
+    if (large := too_large(recipe, size, after)) is not None:
+        code, warnings = INACCURATE, [large, *warnings]
     return Result(
         model=None if opened.path is None else str(opened.path), output=None if place is None else str(place),
         target=opened.target.name, recipe=recipe.name, format="qdq" if recipe.keeps_weights else "nbits", ranges="none",
         seconds=time.perf_counter() - start, peak_rss_mb=peak_rss(),
-        size_mb={"before": size / 1e6, "after": io.file_bytes(place) / 1e6 if place else 0.0},
+        size_mb={"before": size / 1e6, "after": after / 1e6},
         latency={"fp32_ms": worst["fp32_ms"], "result_ms": worst["result_ms"], "speedup": worst["speedup"], "feeds": feeds},
         outputs=[{"name": name, "slices": [e.to_dict() for e in errors], "exact": [e.to_dict() for e in exact.outputs[name]]}
                  for name, errors in deployed.outputs.items()],

@@ -34,13 +34,16 @@ class Part:
     makes: tuple[str, ...]
 
 
-def cut(model: ir.Model, linears: Sequence[ir.Node], facts: Mapping[str, Fact]) -> list[Part]:
+def cut(
+    model: ir.Model, linears: Sequence[ir.Node], facts: Mapping[str, Fact], *, whole: bool = False
+) -> list[Part]:
     """The parts from the first node up to the last of `linears`, each with some of them.
 
     Args:
         model: its main graph is sorted.
         linears: nodes of the main graph that are to be quantized.
         facts: sizes of values.
+        whole: the last part goes on to the end of the graph.
     """
     nodes = list(model.graph)
     place = {id(node): i for i, node in enumerate(nodes)}
@@ -54,7 +57,8 @@ def cut(model: ir.Model, linears: Sequence[ir.Node], facts: Mapping[str, Fact]) 
         for a, b in itertools.pairwise(marks)
     ]
     usual = sorted(passing[i] for i in best)[len(best) // 4] if best else 0
-    ends = sorted({i for i in best if passing[i] <= _WIDE * usual} | {marks[-1] + 1})
+    end_of_all = len(nodes) if whole else marks[-1] + 1
+    ends = sorted({i for i in best if passing[i] <= _WIDE * usual} | {end_of_all})
     parts, first = [], 0
     for end in ends:
         read = {v.name for node in nodes[first:end] for v in read_values(node) if v is not None}

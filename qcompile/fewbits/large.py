@@ -40,6 +40,11 @@ def compile_large(
             f"{model} has more than {io.EXTERNAL_BYTES / 1e9:.1f} GB and is not run here, and --kv-cache takes its "
             "scales from runs: leave it out."
         )
+    if recipe.shares_bits:
+        raise RecipeError(
+            f"{model} has more than {io.EXTERNAL_BYTES / 1e9:.1f} GB and is rounded file to file, with the same bits for all: "
+            "leave bits_per_weight and max_size out, or name matrices with bits_for."
+        )
     if recipe.algorithm not in ("auto", "rtn", "search"):
         raise RecipeError(
             f"{model} has more than {io.EXTERNAL_BYTES / 1e9:.1f} GB and is rounded file to file: "
@@ -47,7 +52,7 @@ def compile_large(
         )
     wishes = [wish.rpartition("=") for wish in recipe.bits_for]
     settings = StreamSettings(
-        bits=recipe.bits, block=recipe.block, symmetric=recipe.symmetric, search=recipe.algorithm == "search",
+        bits=recipe.bits, block=recipe.usual_block, symmetric=recipe.symmetric, search=recipe.algorithm == "search",
         keep_float=recipe.keep_float, bits_for=tuple((pattern, int(bits)) for pattern, _, bits in wishes),
         accuracy_level=recipe.accuracy_level, threads=recipe.threads or os.cpu_count() or 1,
     )  # fmt: skip

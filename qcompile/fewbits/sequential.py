@@ -74,12 +74,12 @@ def solve_in_order(
     last: dict[object, str] = {}  # who decides on a matrix that several nodes read
     for item, _ in chosen:
         assert item.weight is not None
-        if _tap(item, prepared) or item.weight.key not in last:
+        if tap(item, prepared) or item.weight.key not in last:
             last[item.weight.key] = item.name
     deciding = [c for c in chosen if c[0].weight and last[c[0].weight.key] == c[0].name]
-    tapped = [c for c in deciding if _tap(c[0], prepared)]
+    tapped = [c for c in deciding if tap(c[0], prepared)]
     plain = recipe.algorithm if recipe.algorithm in _DATALESS else "auto"
-    found = solve_plain([c for c in deciding if not _tap(c[0], prepared)], plain, tick)
+    found = solve_plain([c for c in deciding if not tap(c[0], prepared)], plain, tick)
     parts = cut(prepared, [item.node for item, _ in tapped], facts)
     nodes = list(prepared.graph)
     inputs = {value.name or "" for value in prepared.graph.inputs}
@@ -89,7 +89,7 @@ def solve_in_order(
         within = nodes[part.first : part.last]
         place = {node: i for i, node in enumerate(within)}
         inside = sorted((c for c in tapped if c[0].node in place), key=lambda c: place[c[0].node])
-        taps = {item.name: _tap(item, prepared) for item, _ in inside}
+        taps = {item.name: tap(item, prepared) for item, _ in inside}
         found |= _solve_part(streams, part, within, inside, algorithm, taps, tick)
         names = [item.name for item, _ in deciding if item.node in place]
         needed = {name for later in parts[number + 1 :] for name in later.reads} | inputs
@@ -141,7 +141,7 @@ def _waves(chosen: Sequence[Chosen], nodes: Iterable[ir.Node]) -> list[list[Chos
     ]
 
 
-def _tap(item: Linear, model: ir.Model) -> str:
+def tap(item: Linear, model: ir.Model) -> str:
     """The input whose last axis the matrix reduces, by name; empty if there is none in the main graph."""
     node = item.node
     plain = item.kind == "matmul" and not item.left

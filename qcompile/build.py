@@ -18,6 +18,7 @@ from passes.lower_nbits import LowerNbits
 from passes.lower_recurrent import LowerRecurrent
 from passes.name_nodes import NameNodes
 from qcompile.graph import io
+from qcompile.graph.documentation import documentation, restore
 from qcompile.graph.edit import drop_unread
 from qcompile.plan.candidates import Candidate
 from qcompile.plan.make import find_candidates
@@ -77,5 +78,6 @@ def build(
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         run_pass(NameNodes(), model)
     drop_unread(model)
+    restore(model, documentation(prepared))
     model.graph.sort()
     return model

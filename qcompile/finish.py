@@ -23,13 +23,13 @@ from qcompile.opened import Opened
 from qcompile.plan.candidates import Candidate
 from qcompile.plan.plan import Form, NodePlan, Plan
 from qcompile.progress import Progress
+from qcompile.provenance import describe, describe_data, describe_ranges
 from qcompile.report import GOOD, INACCURATE, NOT_FASTER, Result, write_report
-from qcompile.run.session import Feed, Options, Session, version
+from qcompile.run.session import Feed, Options, Session
 from qcompile.search import History, timing_feeds
 from qcompile.verify.compare import Comparison
 from qcompile.verify.kernels import Kernels, optimized, verdicts
 from qcompile.verify.latency import race, typical_feeds
-from qcompile.version import __version__
 from qcompile.workshop import Attempt, Workshop
 
 _TEXT = (
@@ -109,7 +109,7 @@ def finish(
         raise ModelError(
             f"the result is not a valid model: {complaint}. This is a defect of qcompile."
         )
-    _describe(best.model, shop, best)
+    _describe(best.model, opened, shop, best)
     before = _size(opened.path, opened.original)  # if the model is gone by now, nothing is written
     if place is not None:
         with show.stage("writing"):
@@ -287,19 +287,14 @@ def kept_float(shop: Workshop, plan: Plan) -> list[dict[str, str]]:
     return rows
 
 
-def _describe(model: ir.Model, shop: Workshop, best: Attempt) -> None:
+def _describe(model: ir.Model, opened: Opened, shop: Workshop, best: Attempt) -> None:
     """Where the file comes from, in its metadata."""
-    model.producer_name, model.producer_version = "qcompile", __version__
-    model.metadata_props.update(
-        {
-            "qcompile.version": __version__,
-            "qcompile.onnxruntime": version(),
-            "qcompile.target": shop.target.name,
-            "qcompile.recipe": shop.recipe.name,
-            "qcompile.format": best.form,
-            "qcompile.ranges": best.ranging.method,
-        }  # fmt: skip
-    )
+    describe(model, shop.target.name, shop.recipe, opened.original)
+    describe_data(model, opened)
+    model.metadata_props["qcompile.format"] = best.form
+    model.metadata_props["qcompile.ranges"] = best.ranging.method
+    if best.plan.of(Form.STATIC, Form.FREE):
+        describe_ranges(model, shop.parameters(best.plan, best.ranging))
 
 
 def _size(path: Path | None, model: ir.Model) -> int:

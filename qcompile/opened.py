@@ -75,7 +75,7 @@ class Opened:
             fixed = self._portable(fixed)
         return Request(
             calibrated=self.samples is not None, static=self.recipe.static,
-            keep_float=why, forms=fixed, dynamic=self.recipe.dynamic,
+            keep_float=why, forms=fixed, dynamic=self.recipe.dynamic, clock=self.recipe.timing,
         )  # fmt: skip
 
     def _portable(self, forms: Mapping[str, Form]) -> dict[str, Form]:

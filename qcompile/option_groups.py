@@ -30,6 +30,7 @@ SWITCHES = {
     "smooth": "do not move scales of the inputs of products to their weights (SmoothQuant)",
     "masks": "leave masks before a Softmax as they are, and what adds them float",
     "rounding": "round weights to the nearest code, do not search",
+    "timing": "decide by the target's costs, not by times measured here: the same bytes every time",
 }
 
 

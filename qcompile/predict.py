@@ -48,7 +48,10 @@ class Estimate:
         self._place = {term: i for i, term in enumerate(terms)}
         self._mean = np.array(list(terms.values()), np.float64)
         own = _OWN * self._mean + _LEAST * (self._mean.mean() if terms else 0.0)
-        self._spread = np.diag(own**2) + _COMMON**2 * np.outer(self._mean, self._mean)
+        # The covariance: a diagonal, and products of a vector with itself, the first of them common to all terms; never
+        # written out, for a large graph has tens of thousands of terms.
+        self._alone = own**2
+        self._together = [(_COMMON**2, self._mean)]
 
     def terms(self, plan: Plan) -> list[int]:
         """The places of a plan's terms."""
@@ -66,13 +69,15 @@ class Estimate:
         """A plan had this noise-to-signal ratio."""
         row = np.zeros(len(self._mean))
         row[self.terms(plan)] = 1.0
-        reach = self._spread @ row
+        reach = self._alone * row
+        for factor, vector in self._together:
+            reach += factor * float(vector @ row) * vector
         total = float(row @ reach) + (_SPREAD * noise) ** 2
         if total <= 0:
             return
         gain = reach / total
         self._mean = self._mean + gain * (noise - float(row @ self._mean))
-        self._spread = self._spread - np.outer(gain, reach)
+        self._together.append((-1 / total, reach))
 
     def request(self, request: Request, most: float) -> Request:
         """A request for the cheapest plan of at most this noise."""

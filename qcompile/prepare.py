@@ -21,6 +21,7 @@ from passes.name_nodes import NameNodes
 from passes.pool_to_conv import PoolToConv
 from qcompile.errors import ModelError, RefusedError, brief
 from qcompile.graph import io
+from qcompile.graph.documentation import documentation, restore
 from qcompile.graph.edit import drop_unread
 from qcompile.run.probe import Fact, probe
 from qcompile.run.session import Feed, Session
@@ -103,6 +104,7 @@ def prepare(
     Raises:
         ModelError: the functions are of another opset than the model.
     """
+    said = documentation(model)
     if (model.ir_version or 0) < 4:  # initializers had to be inputs as well; nobody feeds them
         common.RemoveInitializersFromInputsPass()(model)
     try:
@@ -123,4 +125,5 @@ def prepare(
     steps = [step for step in steps if step.name not in without]
     outcomes = {step.name: run_pass(step, model) for step in steps}
     drop_unread(model)
+    restore(model, said)
     return model, outcomes

@@ -55,6 +55,8 @@ class Recipe:
         smooth: scales moved likewise for products, as SmoothQuant does, and side paths for outlier channels.
         masks: constants as -1e9 before a Softmax give way to numbers that fit 8 bits, where an integer Add then pays.
         rounding: search codes of weights for the least error of what layers compute, not of the weights.
+        timing: kernels and results are timed on this machine, and decide. Without, the target's costs do: the same model,
+            data and recipe then give the same bytes.
         bits: of weights, 2, 4 or 8, with float activations (MatMulNBits); None: 8-bit weights and activations.
         block: weights of a row that share a scale, 16 to 256; None: 32, or what fits where bits are shared out.
         bits_per_weight: on average, 2 to 8, of codes, scales and zero points: each matrix then gets the bits and the block
@@ -97,6 +99,7 @@ class Recipe:
     smooth: bool = True
     masks: bool = True
     rounding: bool = True
+    timing: bool = True
     bits: int | None = None
     block: int | None = None
     bits_per_weight: float | None = None
@@ -183,6 +186,10 @@ class Recipe:
             raise RecipeError(f"objective is {self.objective!r}: give fastest or smallest.")
         if not (math.isfinite(self.search_time) and self.search_time > 0):
             raise RecipeError(f"search_time is {self.search_time:g}: give more than 0 seconds.")
+        if self.max_latency is not None and not self.timing:
+            raise RecipeError(
+                "max_latency is a limit of time, and timing is off: leave out one of them."
+            )
         if self.metric is not None and self.max_drop is None:
             raise RecipeError("metric is given without max_drop: say how much it may drop.")
 

@@ -12,6 +12,7 @@ from qcompile.build import Format
 from qcompile.errors import ModelError
 from qcompile.improve import improve
 from qcompile.opened import Opened
+from qcompile.plan.cost import expected_ms
 from qcompile.plan.make import Request
 from qcompile.plan.plan import Form, Plan
 from qcompile.referee import Referee
@@ -71,7 +72,7 @@ def find_best(
         found = tune.sensitivity(shop, best.plan, best.ranging)
     if found is not None and best.plan.of(Form.STATIC) and len(shop.methods) > 1:
         best = _tune(shop, best, found, history)
-    best.speedup = _speed(best, opened)
+    best.speedup = _speed(shop, best, opened)
     best = _faster(shop, request, best, opened, history)
     if recipe.limited:
         referee = Referee(opened, metric)
@@ -147,7 +148,7 @@ def _faster(
 ) -> Attempt:
     """Plans again with measured costs while that pays, if the result gains less than the plan promised."""
     static = len(best.plan.of(Form.STATIC))
-    if not static or best.speedup >= (_FAST if static <= LARGE else 1.0):
+    if not static or not shop.recipe.timing or best.speedup >= (_FAST if static <= LARGE else 1.0):
         return best
     rounds = _ROUNDS if static <= LARGE else 1
     feed = _middle(opened)
@@ -161,7 +162,7 @@ def _faster(
             if plan is None:
                 break
             current = shop.attempt(plan, best.ranging, best.form)
-            current.speedup = _speed(current, opened)
+            current.speedup = _speed(shop, current, opened)
             logger.info("planned again: %.2fx", current.speedup)
             if current.speedup > best.speedup:
                 shop.judge(current, _QUICK)
@@ -214,7 +215,12 @@ def met(attempt: Attempt, goal: float) -> bool:
 
 
 def _choose_format(shop: Workshop, best: Attempt, opened: Opened, history: History) -> Attempt:
-    """The faster of the formats that the recipe allows, timed against the float model."""
+    """The faster of the formats that the recipe allows, timed against the float model; without timing, the one it has."""
+    if not shop.recipe.timing:
+        history.notes.append(
+            f"The costs of {shop.target.name} decided, and no time that was measured here."
+        )
+        return best
     racers: dict[str, Attempt] = {best.form: best}
     both = shop.recipe.format == "auto" and len(best.plan.of(Form.STATIC)) <= LARGE
     if both and best.plan.quantizes and not shop.only_fused(best.plan):
@@ -233,7 +239,10 @@ def _choose_format(shop: Workshop, best: Attempt, opened: Opened, history: Histo
     return chosen
 
 
-def _speed(attempt: Attempt, opened: Opened) -> float:
+def _speed(shop: Workshop, attempt: Attempt, opened: Opened) -> float:
+    if not shop.recipe.timing:
+        before, after = expected_ms(attempt.plan, shop.found, shop.target, shop.facts)
+        return before / after if after else 1.0
     return time_attempts({"it": attempt}, opened, 0.6)["it"]
 
 

@@ -22,6 +22,7 @@ from passes.name_nodes import NameNodes
 from qcompile.algo.blocks import Blocked
 from qcompile.errors import ModelError, PassError, QcompileError, RecipeError
 from qcompile.graph import io
+from qcompile.graph.documentation import documentation, restore
 from qcompile.graph.linear import Linear, find_linears
 from qcompile.graph.publish import atomic, check_apart, data_file
 from qcompile.keep import match_patterns
@@ -143,9 +144,12 @@ class _Job:
 
 
 def quantize_large(
-    path: Path, output: Path, settings: StreamSettings | None = None, progress: Progress | None = None
+    path: Path, output: Path, settings: StreamSettings | None = None, progress: Progress | None = None,
+    describe: Callable[[ir.Model], None] = lambda model: None,
 ) -> StreamReport:  # fmt: skip
     """`output` (and `output`.data, if weights have more than 1.9 GB) holds the model with weights of few bits.
+
+    `describe` may write into the metadata of the result.
 
     Raises:
         ModelError: the model cannot be read, holds NaN or infinities, or has no weight that could be rounded.
@@ -167,6 +171,7 @@ def quantize_large(
         jobs = [entry for entry in entries if isinstance(entry, _Job)]
         if not jobs:
             raise ModelError(f"{path} has no weight to round{_why(entries)}.")
+        describe(model)
         checks, after = _written(model, output, jobs, settings, progress or Silent())
         lines = (_line(item) if isinstance(item, _Job) else item for item in entries)
         weights = tuple(lines)
@@ -261,7 +266,9 @@ def _written(
     """
     with ThreadPoolExecutor(settings.threads) as pool:
         work = _Work(jobs, pool)
+        said = documentation(model)
         outcome = run_pass(LowerNbits(work.weights(), "nbits", settings.accuracy_level), model)
+        restore(model, said)
         for name in work.weights():
             if name in outcome.skipped:
                 raise PassError(f"{name} was to be rounded: {outcome.skipped[name]}.")

@@ -154,9 +154,9 @@ class Workshop:
     def timed(self, request: Request) -> Request:
         """The request with this machine's times of kernels in place of the target's costs.
 
-        Targets of another machine keep their costs.
+        Targets of another machine keep their costs, and so does one whose recipe has no timing.
         """
-        if not self.target.fits_here():
+        if not (self.recipe.timing and self.target.fits_here()):
             return request
         with self.progress.stage("timing kernels") as step:
             times = kernel_times(

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     "errors", "version", "interrupt", "progress", "table", "limits", "resident", "quant", "graph", "step", "targets", "run", "plan",
     "calib", "recipe", "algo", "solve", "passes", "prepare", "decode", "kv", "build", "pieces", "timing", "verify", "kv_session", "figure", "report", "inputs",
-    "keep", "spot", "stream", "opened", "kv_apply", "workshop", "accept", "faster", "tune", "predict", "improve", "budget", "referee", "frontier", "search", "finish", "fewbits", "compiler", "calibrate", "harm", "gains", "layers", "commands", "survey",
+    "keep", "spot", "stream", "opened", "provenance", "kv_apply", "workshop", "accept", "faster", "tune", "predict", "improve", "budget", "referee", "frontier", "search", "finish", "fewbits", "compiler", "calibrate", "harm", "gains", "layers", "commands", "survey",
     "show", "words", "option_groups", "options", "cli", "__main__", "qcompile",
 )  # fmt: skip
 # What only annotations need may stand above, for these alone: (importer, imported).

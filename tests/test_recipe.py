@@ -42,6 +42,7 @@ absorb = false
 smooth = false
 masks = false
 rounding = false
+timing = true
 [data]
 samples = 32
 tokenizer = "tokenizer.json"

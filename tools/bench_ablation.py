@@ -32,13 +32,6 @@ ROOT = Path(__file__).resolve().parents[1]
 TASKS = ("imagenet", "coco", "stsb", "ocr_rec")
 HEAD = ("without", "SQNR dB", "change", "agreement %", "change", "speed-up", "seconds")
 FULL, BARE = "nothing: all is on", "all of it"
-
-
-UNTIMED = (
-    (Workshop, "timed", lambda _shop, request: request),
-    (search, "_faster", lambda _shop, _request, best, _opened, _history: best),
-    (search, "_speed", lambda _attempt, _opened: 1.0),
-)
 OF_TIME = ("measured kernels", "8-bit weights alone", "float for accuracy (sqnr_goal)")
 
 
@@ -62,8 +55,8 @@ class Variant:
 
     def untimed(self) -> Variant:
         """The same, whatever clocks say: the plan is that of the target's costs, in the fused form."""
-        options = {"sqnr_goal": 0.0, "bench_seconds": 0.01, "format": "fused", **self.options}
-        return Variant(self.name, options, (*self.patches, *UNTIMED))
+        options = {"sqnr_goal": 0.0, "bench_seconds": 0.01, "timing": False, **self.options}
+        return Variant(self.name, options, self.patches)
 
     @contextlib.contextmanager
     def patched(self) -> Iterator[None]:

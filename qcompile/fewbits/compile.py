@@ -23,20 +23,21 @@ from qcompile.fewbits.scales import AWQ, find_scales
 from qcompile.fewbits.sequential import Found, solve_in_order, solve_plain, tally
 from qcompile.finish import latency_rows, peak_rss
 from qcompile.graph import io
+from qcompile.graph.documentation import documentation, restore
 from qcompile.graph.edit import graphs
 from qcompile.graph.skeleton import release
 from qcompile.kv_apply import apply_kv_cache, with_cache
 from qcompile.kv_session import open_session
 from qcompile.opened import Opened
 from qcompile.progress import Progress
+from qcompile.provenance import describe, describe_data
 from qcompile.report import GOOD, INACCURATE, NOT_FASTER, Result, write_report
-from qcompile.run.session import Feed, Options, Session, version
+from qcompile.run.session import Feed, Options, Session
 from qcompile.search import timing_feeds
 from qcompile.solve.smoothing import Smoothing
 from qcompile.step import run_pass
 from qcompile.verify.compare import Comparison
 from qcompile.verify.kernels import optimized
-from qcompile.version import __version__
 
 _SAMPLES = 64  # calibration feeds that choose codes
 _SCALED = 16  # calibration feeds that choose scales of inputs
@@ -82,6 +83,7 @@ def compile_weights(
     model = prepared.clone()
     weights = {name: blocked for name, (blocked, _) in found.items()}
     outcome = run_pass(LowerNbits(weights, accuracy_level=opened.recipe.accuracy_level), model)
+    restore(model, documentation(prepared))
     release(opened.original)  # and with it what was read of the prepared graph, to be solved
     with show.stage("loading the result"):
         session = opened.session  # of the same weights, and large
@@ -197,13 +199,8 @@ def _verdicts(
 
 def _describe(model: ir.Model, opened: Opened) -> None:
     recipe = opened.recipe
-    model.producer_name, model.producer_version = "qcompile", __version__
-    model.metadata_props.update(
-        {
-            "qcompile.version": __version__, "qcompile.onnxruntime": version(),
-            "qcompile.target": opened.target.name, "qcompile.recipe": recipe.name,
-        }
-    )  # fmt: skip
+    describe(model, opened.target.name, recipe, opened.original)
+    describe_data(model, opened)
     if recipe.bits is not None:
         told = ("bits", "block", "accuracy_level")
         if recipe.shares_bits:  # each node has its own bits and block

@@ -10,6 +10,7 @@ from qcompile.errors import RecipeError
 from qcompile.finish import peak_rss
 from qcompile.graph import io
 from qcompile.progress import Progress
+from qcompile.provenance import origin, put
 from qcompile.recipe import Recipe
 from qcompile.report import GOOD, Result, write_report
 from qcompile.stream import StreamReport, StreamSettings, quantize_large
@@ -56,7 +57,8 @@ def compile_large(
         keep_float=recipe.keep_float, bits_for=tuple((pattern, int(bits)) for pattern, _, bits in wishes),
         accuracy_level=recipe.accuracy_level, threads=recipe.threads or os.cpu_count() or 1,
     )  # fmt: skip
-    found = quantize_large(model, place, settings, show)
+    told = origin("any", recipe, io.load(model, mapped=True))
+    found = quantize_large(model, place, settings, show, lambda made: put(made, told))
     result = _result(model, place, recipe, found, start, data=data)
     if report is not None:
         write_report(Path(report), result)

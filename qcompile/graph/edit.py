@@ -199,7 +199,7 @@ def add_node(
 
 
 def replace(old: ir.Value, new: ir.Value) -> None:
-    """Every reader of `old` reads `new`; if `old` is a graph output, `new` takes its place and name."""
+    """Every reader of `old` reads `new`; if `old` is a graph output, `new` takes its place, name and documentation."""
     was_output = old.is_graph_output()
     if new.dtype is None and old.dtype is not None:
         new.type = old.type
@@ -209,17 +209,24 @@ def replace(old: ir.Value, new: ir.Value) -> None:
         ir.convenience.replace_all_uses_with(old, new)
         return
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    name = old.name
-    old.name = f"{name}__replaced"
-    new.name = name
+    _take_name(old, new)
 
 
 def supersede(old: ir.Value, new: ir.Value) -> None:
     """As `replace`, and `new` has the name of `old` in any case: it holds the same tensor."""
-    name = old.name
+    named = old.is_graph_output()
     replace(old, new)
+    if not named:
+        _take_name(old, new)
+
+
+def _take_name(old: ir.Value, new: ir.Value) -> None:
+    name = old.name
     old.name = f"{name}__replaced"
     new.name = name
+    new.doc_string = old.doc_string
+    new.metadata_props.update(old.metadata_props)
+    new.meta.update(old.meta)
 
 
 def can_replace(old: ir.Value, new: ir.Value) -> bool:

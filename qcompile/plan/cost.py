@@ -57,6 +57,20 @@ def plan_cost(
     return total + request.border * _borders(items, integer, target, facts)
 
 
+def expected_ms(
+    plan: Plan, found: Mapping[str, Candidate | str], target: Target, facts: Facts
+) -> tuple[float, float]:
+    """Milliseconds of the float model and of a plan by the target's costs alone, where nothing may be timed.
+
+    Both are of nodes with an integer kernel, and their borders: the arguments are those of `plan_cost`.
+    """
+    as_float = plan.keep_float((entry.node for entry in plan.nodes), "")
+    before, after = (
+        plan_cost(each, found, target, facts, Request()) / 1e6 for each in (as_float, plan)
+    )
+    return before, after
+
+
 def _borders(
     items: Mapping[str, Candidate], integer: set[str], target: Target, facts: Facts
 ) -> float:

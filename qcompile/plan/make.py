@@ -49,6 +49,7 @@ class Request:
         only: nodes that may be static: those of a plan that was calibrated; None: all.
         by_block: nanoseconds of products with an 8-bit weight alone, by name, where that may be.
         block_noise: noise-to-signal ratio that the outputs get from such a product.
+        clock: a search that takes too long may end with the best plan so far.
     """
 
     calibrated: bool = True
@@ -67,6 +68,7 @@ class Request:
     only: AbstractSet[str] | None = None
     by_block: Mapping[str, float] = dataclasses.field(default_factory=dict)
     block_noise: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    clock: bool = True
 
 
 def find_candidates(model: ir.Model, target: Target, facts: Facts) -> dict[str, Candidate | str]:
@@ -251,7 +253,7 @@ def _cut(
     _borders(network, vertex, static, producer, target, facts, request)
     side = None
     if math.isfinite(request.most_noise):
-        side = network.integer_side_within(request.most_noise)
+        side = network.integer_side_within(request.most_noise, clock=request.clock)
     if side is None:
         side = network.integer_side(request.price)
     chosen = {name for name, number in vertex.items() if number in side}

@@ -15,7 +15,8 @@ from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 _UNIT = 10.0  # nanoseconds: capacities are int32
 _INFINITE = 1 << 29
-_OPTIONS = {"mip_rel_gap": 1e-3, "node_limit": 5000, "time_limit": 20.0}
+_OPTIONS = {"mip_rel_gap": 1e-3, "node_limit": 5000}
+_SECONDS = 20.0
 _TINY = 1e-9  # nanoseconds of noise's own, so that of plans of equal time the quieter one is taken
 
 
@@ -75,8 +76,10 @@ class Network:
         residual.eliminate_zeros()
         return set(map(int, breadth_first_order(residual, 0, return_predecessors=False)))
 
-    def integer_side_within(self, most: float) -> set[int] | None:
+    def integer_side_within(self, most: float, *, clock: bool = True) -> set[int] | None:
         """The integer side of the cheapest cut whose noise is at most `most`; None if none was found.
+
+        With `clock` the search for it ends after `_SECONDS`, with the best one so far.
 
         Variables are a side u in [0, 1] for each vertex (whole numbers for nodes of the model) and a share
         e >= u[start] - u[end] for each edge; the sum of ns * e is least while that of noise * e is at most `most`.
@@ -107,7 +110,7 @@ class Network:
                 LinearConstraint(csr_array(sides), -np.inf, 0.0),
                 LinearConstraint(noise[None, :], -np.inf, 1.0),
             ],
-            options=_OPTIONS,
+            options=_OPTIONS | ({"time_limit": _SECONDS} if clock else {}),
         )  # fmt: skip
         if found.x is None:
             return None

@@ -33,7 +33,7 @@ from qcompile.progress import Progress
 from qcompile.quant.scheme import QParams, Scheme
 from qcompile.recipe import Recipe
 from qcompile.run.probe import Fact
-from qcompile.run.session import Feed, Options, Session
+from qcompile.run.session import Feed, Options, Session, quick_level
 from qcompile.solve.activations import grid_of, solve_activations
 from qcompile.solve.needs import named, notes_on, wanted
 from qcompile.solve.weights import InputMoments, Weight, solve_weights
@@ -356,7 +356,7 @@ class Workshop:
         """These values of the float graph on a few calibration samples: tuning must not see those held out."""
         assert self.samples is not None
         kept = self.samples.few(samples)
-        options = Options("all", threads=self.recipe.threads)
+        options = Options(quick_level(self.prepared), threads=self.recipe.threads)
         session = Session(with_outputs(self.prepared, outputs), options)
         parts = {
             value.name or "": parts_of(value, self.facts) for value in self.prepared.graph.outputs

@@ -18,7 +18,7 @@ from qcompile.calib.taps import Taps, tapped
 from qcompile.errors import ModelError
 from qcompile.graph.edit import graphs, is_op
 from qcompile.run.probe import Fact
-from qcompile.run.session import Bound, Feed, Options, Session
+from qcompile.run.session import Bound, Feed, Options, Session, quick_level
 from qcompile.step import Need
 
 _HUGE = 1e8  # constants as large as this are masks, and infinities what they lead to
@@ -65,7 +65,8 @@ class _Loaded:
 
     def __init__(self, model: ir.Model, taps: Taps, threads: int, *, pattern: bool) -> None:
         self.taps = taps
-        self._session = Session(model, Options("all", threads, pattern=pattern, in_order=True))
+        level = quick_level(model)
+        self._session = Session(model, Options(level, threads, pattern=pattern, in_order=True))
         self._own = threading.local()
 
     def run(self, feed: Feed) -> list[Array]:

@@ -42,6 +42,15 @@ _DTYPES: dict[str, Any] = {
 }  # fmt: skip
 
 
+_LARGE = 4000
+"""Nodes: more take ORT 1.32's last level (layouts) minutes, as its time grows with their square."""
+
+
+def quick_level(model: ir.Model) -> Level:
+    """The level to run a model at whose time does not matter: the last one only where loading is quick."""
+    return "all" if len(model.graph) <= _LARGE else "extended"
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How a model is run.

@@ -27,7 +27,7 @@ from qcompile.plan.plan import Form, Plan
 from qcompile.plan.tensors import Coding
 from qcompile.quant.affine import dequantize
 from qcompile.quant.scheme import QParams
-from qcompile.run.session import Feed, Options, Session
+from qcompile.run.session import Feed, Options, Session, quick_level
 from qcompile.solve.weights import Weight
 from qcompile.verify.compare import Reference
 
@@ -212,7 +212,7 @@ class Meter:
     ) -> None:  # fmt: skip
         """Raises: ModelError if ORT refuses the switched model."""
         self.sites, self._reference, self._samples = list(sites), reference, samples
-        self._session = Session(model, Options("all", threads=threads))
+        self._session = Session(model, Options(quick_level(model), threads=threads))
         (zeros,) = (value for value in model.graph.inputs if value.name == ZEROS)
         assert zeros.dtype is not None
         self._scales = np.array(

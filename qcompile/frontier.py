@@ -25,12 +25,13 @@ from qcompile.plan.plan import Form, Plan
 from qcompile.predict import Estimate
 from qcompile.referee import Referee
 from qcompile.verify.sensitivity import Noise
-from qcompile.workshop import Attempt, Workshop
+from qcompile.workshop import LARGE, Attempt, Workshop
 
 logger = logging.getLogger(__name__)
 
 _WIDE = 1e3  # factor on the time of float nodes, that makes all integer
 _TRIES = 14  # plans that are measured
+_FEW_TRIES = 3  # of large graphs, where no clock ends the search
 _BOLD = (
     1.0,
     1.1,
@@ -125,6 +126,7 @@ class _Search:
         self._known = 10 ** (-limit / 10) if math.isfinite(limit) else math.inf
         self._low, self._high = 0.0, self._known  # noise that is accepted, and that is not
         self._seen: set[tuple[Form, ...]] = set()
+        self._large = False  # so many integer nodes that each integer program takes seconds
         self._cost = math.inf  # of the fastest plan within the limits
         self._vain = 0  # plans since then
         self._failed = 0  # plans in a row, before that
@@ -139,7 +141,9 @@ class _Search:
         self._seen.add(_forms(start))
         if first.misses and self._known == math.inf:
             self._high = _noise(first)
-        for _ in range(_TRIES):
+        self._large = len(start.of(Form.STATIC)) > LARGE
+        few = self._large and not self._shop.recipe.timing
+        for _ in range(_FEW_TRIES if few else _TRIES):
             over = self._referee.expired or self._vain >= _PATIENCE
             plan = None if over else self._next()
             if plan is None:
@@ -168,7 +172,7 @@ class _Search:
         if found and self._share < 1.0:  # nothing is left between what failed and what did not
             self._share, self._wild = 1.0, math.inf
             return self._next()
-        return self._around(aim)
+        return None if self._large else self._around(aim)  # one node of so many changes nothing
 
     def _around(self, aim: float) -> Plan | None:
         """The plan of least predicted noise with one node on the other side than in the one nearest to the limits.

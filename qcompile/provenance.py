@@ -52,7 +52,7 @@ def origin(target: str, recipe: Recipe, source: ir.Model) -> dict[str, str]:
     found = {
         "version": __version__,
         "onnxruntime": version(),
-        "target": _bare(target),
+        "target": target,
         "recipe": recipe.name,
         "options": json.dumps(options(recipe), sort_keys=True),
         "source.sha256": digest(source),
@@ -101,6 +101,8 @@ def _changed(given: Any, usual: Any, without: tuple[str, ...] = ()) -> dict[str,
             found[field.name] = _changed(mine, theirs)
         else:
             found[field.name] = _plain(mine)
+    if str(found.get("target", "")).endswith(".toml"):
+        found["target"] = Path(found["target"]).name
     return found
 
 
@@ -111,9 +113,4 @@ def _plain(value: Any) -> Any:
         return [_plain(each) for each in value]
     if callable(value):
         return getattr(value, "__qualname__", type(value).__qualname__)
-    return _bare(value) if isinstance(value, str) else value
-
-
-def _bare(text: str) -> str:
-    """A text that is the path of a file without its folders."""
-    return Path(text).name if Path(text).is_absolute() else text
+    return value

@@ -14,6 +14,7 @@ from qcompile.calib.data import open_data
 from qcompile.calib.split import Samples
 from qcompile.errors import ModelError, RecipeError
 from qcompile.graph import io
+from qcompile.graph.digest import digest
 from qcompile.graph.edit import graphs
 from qcompile.graph.publish import check_apart, check_writable, write_text
 from qcompile.inputs import MADE_UP, input_specs, running, stand_in
@@ -22,6 +23,7 @@ from qcompile.opened import open_model
 from qcompile.plan.make import make_plan
 from qcompile.plan.plan import Plan, load_plan
 from qcompile.progress import Progress
+from qcompile.provenance import PREFIX
 from qcompile.recipe import Recipe
 from qcompile.report import GOOD, INACCURATE
 from qcompile.run.probe import probe
@@ -78,7 +80,7 @@ def list_targets() -> dict[str, Any]:
 
 
 def inspect_model(path: str) -> dict[str, Any]:
-    """What a model is: inputs, outputs, operators, weights by type, whether it is quantized.
+    """What a model is: inputs, outputs, operators, weights by type, its hash, whether it is quantized and how it was made.
 
     Raises:
         ModelError: it cannot be read or loaded.
@@ -103,6 +105,7 @@ def inspect_model(path: str) -> dict[str, Any]:
         "inputs": {i.name: _spell(i) for i in session.inputs}, "outputs": {o.name: _spell(o) for o in session.outputs},
         "nodes": sum(ops.values()), "operators": dict(ops.most_common()),
         "weights_mb": {kind: round(size / 1e6, 3) for kind, size in weights.most_common()},
+        "sha256": digest(model), "made": {k: v for k, v in sorted(model.metadata_props.items()) if k.startswith(PREFIX)},
         "functions": len(model.functions), "graphs": sum(1 for _ in graphs(model)), "quantized_nodes": quantized,
     }  # fmt: skip
 

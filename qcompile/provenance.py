@@ -92,7 +92,7 @@ def options(recipe: Recipe) -> dict[str, Any]:
 
 
 def _changed(given: Any, usual: Any, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for field in dataclasses.fields(given):
         mine, theirs = getattr(given, field.name), getattr(usual, field.name)
         if field.name in without or mine == theirs:

@@ -66,7 +66,7 @@ def test_inspect(desk: Desk) -> None:
     table = json.loads(desk.run("inspect", "m.onnx", "--json").out)
     assert set(table) == {
         "model", "mb", "opset", "inputs", "outputs", "nodes", "operators", "weights_mb", "functions",
-        "graphs", "quantized_nodes",
+        "graphs", "quantized_nodes", "sha256", "made",
     }  # fmt: skip
     assert table["inputs"] == {"x": "float32[N, 3, 16, 16]"}
     assert table["operators"]["Conv"] == 3
@@ -75,7 +75,10 @@ def test_inspect(desk: Desk) -> None:
     assert (done.code, done.new, done.err) == (0, [], "")
     assert "float32[N, 3, 16, 16]" in done.out
     desk.compiled("--format", "qdq")
-    assert json.loads(desk.run("inspect", "m.int8.onnx", "--json").out)["quantized_nodes"] >= 4
+    result = json.loads(desk.run("inspect", "m.int8.onnx", "--json").out)
+    assert result["quantized_nodes"] >= 4
+    assert table["made"] == {}
+    assert result["made"]["qcompile.source.sha256"] == table["sha256"] != result["sha256"]
 
 
 def test_verify(desk: Desk) -> None:

@@ -23,6 +23,8 @@ from qcompile.cli import main
 from qcompile.errors import RecipeError
 from qcompile.fewbits import large
 from qcompile.fewbits.streams import even
+from qcompile.graph import io
+from qcompile.graph.digest import digest
 from qcompile.recipe import BUILT_IN, Recipe
 from qcompile.report import GOOD, NOT_FASTER, Result
 
@@ -180,6 +182,10 @@ def test_large_models_go_from_file_to_file(tmp_path: Path, monkeypatch: pytest.M
     result, made = compiled(tmp_path, data=texts(), report=tmp_path / "report")
     assert result.exit_code == GOOD
     assert bits(made)["up0"] == 4
+    told = {prop.key: prop.value for prop in made.metadata_props}
+    assert told["qcompile.source.sha256"] == digest(io.load(tmp_path / "model.onnx"))
+    assert told["qcompile.recipe"] == "int4"
+    assert made.producer_name == "qcompile"
     assert any("The data was not used" in warning for warning in result.warnings)
     assert result.verdict().startswith("not timed")
     assert (tmp_path / "report" / "report.md").exists()

@@ -164,6 +164,8 @@ class _Search:
         for ease in _BOLD if found else _CAREFUL:
             if found and self._share * ease >= self._wild < 1.0:
                 break
+            if self._referee.expired:  # each plan may take many seconds to solve for
+                return None
             plan = self._shop.plan(self._estimate.request(self._request, aim * ease))
             if not plan.quantizes or _forms(plan) in self._seen:
                 continue
@@ -190,6 +192,8 @@ class _Search:
             flips += [(name, Form.STATIC) for name in others if self._heavy(name)][:_AROUND]
         found = []
         for name, form in flips:
+            if self._referee.expired:
+                break
             forms = {**wanted.forms, name: form}
             reasons = {name: "left float for accuracy or speed", **wanted.reasons}
             plan = self._shop.plan(dataclasses.replace(wanted, forms=forms, reasons=reasons))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,12 +14,13 @@ from workbench import PAD, QUICK, Bench, images, plant, small_cnn, weight, workb
 
 from qcompile import referee, search
 from qcompile.errors import ModelError
-from qcompile.plan.plan import Form
+from qcompile.plan.make import Request
+from qcompile.plan.plan import Form, Plan
 from qcompile.recipe import Recipe
 from qcompile.run.profile import Profile
 from qcompile.search import History, find_best
 from qcompile.verify.latency import Timing
-from qcompile.workshop import Attempt
+from qcompile.workshop import Attempt, Workshop
 
 
 class Race:
@@ -309,3 +311,20 @@ def test_nothing_to_quantize(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not best.plan.quantizes
     assert best.plan.of(Form.FLOAT)
     assert history.notes == []
+
+
+def test_no_plan_is_solved_for_once_the_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large graph each plan takes seconds: the first one here is none, and the others are not tried."""
+    Race(monkeypatch)
+    solved: list[float] = []
+    true = Workshop.plan
+
+    def plan(shop: Workshop, request: Request) -> Plan:
+        if math.isfinite(request.most_noise):
+            solved.append(request.most_noise)
+        return true(shop, request)
+
+    monkeypatch.setattr(Workshop, "plan", plan)
+    monkeypatch.setattr(referee.Referee, "expired", property(lambda _: bool(solved)))
+    best_of(workbench(small_cnn(), images(20), recipe(min_sqnr=400.0)))
+    assert len(solved) == 1

@@ -11,6 +11,7 @@ passes for all samples, and of the codes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 
 import onnx_ir as ir
@@ -106,15 +107,25 @@ def _solve_part(
 ) -> Found:  # fmt: skip
     """The codes of a part's matrices; those that others of the part make the inputs of come first."""
     found: Found = {}
-    for group in _waves(chosen, nodes):
-        names = list(dict.fromkeys(taps[item.name] for item, _ in group))
-        drifts = streams.drifts(part, names, {name: made for name, (made, _) in found.items()})
-        factors = {name: Factors(drift[0].H) for name, drift in drifts.items()}
+    level = _levels(chosen, nodes)
+    mine = {item.node for item, _ in chosen}
+    pairs = {
+        item.name: (taps[item.name], _behind(item, level, mine, streams.facts))
+        for item, _ in chosen
+    }
+    streams.begin(
+        part, [name for pair in pairs.values() for name in pair if name and name not in part.reads]
+    )
+    for number in sorted({level[node] for node in mine}):
+        group = [pair for pair in chosen if level[pair[0].node] == number]
+        asked = list(dict.fromkeys(pairs[item.name] for item, _ in group))
+        drifts = streams.drifts(part, asked, {name: made for name, (made, _) in found.items()})
+        factors = {pair: Factors(drift[0].H) for pair, drift in drifts.items()}
 
         def one(pair: Chosen) -> tuple[str, tuple[Blocked, Tally]]:
             item, scheme = pair
-            drift = drifts[taps[item.name]]  # noqa: B023 - the pool ends before the next group
-            made = _solve(item, scheme, algorithm, factors[taps[item.name]], drift)  # noqa: B023
+            read = pairs[item.name]
+            made = _solve(item, scheme, algorithm, factors[read], drifts[read])  # noqa: B023 - the pool ends before
             tick()
             return item.name, made
 
@@ -123,22 +134,45 @@ def _solve_part(
     return found
 
 
-def _waves(chosen: Sequence[Chosen], nodes: Iterable[ir.Node]) -> list[list[Chosen]]:
-    """Matrices in groups: none reads what comes from another one of its group, or of a later one.
-
-    Args:
-        chosen: matrices.
-        nodes: in their order, those among which they stand.
-    """
+def _levels(chosen: Sequence[Chosen], nodes: Iterable[ir.Node]) -> dict[ir.Node, int]:
+    """How many of the matrices stand before each node, one behind the other: those of one level read nothing of each other."""
     mine = {item.node for item, _ in chosen}
-    wave: dict[ir.Node, int] = {}
+    level: dict[ir.Node, int] = {}
     for node in nodes:
         before = {v.producer() for v in read_values(node) if v is not None}
-        wave[node] = max((wave[n] + (n in mine) for n in before if n in wave), default=0)
-    return [
-        [pair for pair in chosen if wave[pair[0].node] == number]
-        for number in sorted({wave[node] for node in mine})
-    ]
+        level[node] = max((level[n] + (n in mine) for n in before if n in level), default=0)
+    return level
+
+
+def _behind(
+    item: Linear, level: Mapping[ir.Node, int], mine: AbstractSet[ir.Node], facts: Mapping[str, Fact]
+) -> str:  # fmt: skip
+    """The value that the output of a matrix is added to, alone or with a bias, by name; empty if there is none.
+
+    It is there before the matrix is solved, and has the shape of the output.
+    """
+    value = item.node.outputs[0]
+    for _ in range(2):  # a bias may come first
+        uses = list(value.uses())
+        if len(uses) != 1 or value.is_graph_output() or uses[0].node.op_type != "Add":
+            return ""
+        node, place = uses[0]
+        if node.domain or node.graph is not item.node.graph:
+            return ""
+        other = node.inputs[1 - place]
+        if other is None or value is other or not other.name:
+            return ""
+        if other.const_value is None:
+            break
+        value = node.outputs[0]
+    else:
+        return ""
+    maker = other.producer()
+    if maker is not None and maker in level and level[maker] + (maker in mine) > level[item.node]:
+        return ""
+    mine_is, its = facts.get(item.node.outputs[0].name or ""), facts.get(other.name)
+    alike = mine_is is not None and its is not None and its.is_float and mine_is.shape == its.shape
+    return other.name if alike else ""
 
 
 def tap(item: Linear, model: ir.Model) -> str:

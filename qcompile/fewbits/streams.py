@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from passes.lower_nbits import LowerNbits
 from qcompile.algo.blocks import Blocked
-from qcompile.algo.drift import Drift
+from qcompile.algo.drift import Behind, Drift
 from qcompile.fewbits.cut import Part, part_model
 from qcompile.recipe import Recipe
 from qcompile.run.probe import Fact
@@ -22,6 +22,10 @@ from qcompile.step import run_pass
 
 Array = npt.NDArray[Any]
 
+Tap = tuple[str, str]
+"""The value that a matrix reads, and the one that its output is added to; empty if there is none."""
+
+_KEPT = 1 << 29  # bytes of what a float part makes for all samples, that are kept
 _SHARE = 0.1  # of the median power of rows, that no row is taken to have less than
 
 
@@ -32,37 +36,45 @@ class Streams:
         self, prepared: ir.Model, facts: Mapping[str, Fact], recipe: Recipe, feeds: Sequence[Feed], judges: int
     ) -> None:  # fmt: skip
         """From the number `judges` on, samples are held out."""
-        self._prepared, self._facts, self._recipe = prepared, facts, recipe
+        self._prepared, self.facts, self._recipe = prepared, facts, recipe
         self._float: list[dict[str, Array]] = [dict(feed) for feed in feeds]
         self._ours: list[dict[str, Array]] = [dict(feed) for feed in feeds]
         self._judges = judges
         self.workers = max(1, recipe.threads or os.cpu_count() or 1)
 
+    def begin(self, part: Part, names: Sequence[str]) -> None:
+        """Run the float part once for these values and for what it makes, where they are few bytes for all samples.
+
+        Else it runs whenever some of them are asked for.
+        """
+        wanted = list(dict.fromkeys([*names, *part.makes]))
+        size = sum(4 * self.facts[n].elements for n in wanted if n in self.facts) * len(self._float)
+        if wanted and size <= _KEPT:
+            session = self._session(part, wanted, {})
+            for state in self._float:
+                state.update(zip(wanted, session.run(state), strict=True))
+
     def drifts(
-        self, part: Part, names: Sequence[str], weights: Mapping[str, Blocked]
-    ) -> dict[str, tuple[Drift, Drift]]:
-        """Moments of tensors of a part, with these of its matrices quantized: of samples that choose, and held out.
+        self, part: Part, taps: Sequence[Tap], weights: Mapping[str, Blocked]
+    ) -> dict[Tap, tuple[Drift, Drift]]:
+        """Moments of inputs in a part, with these of its matrices quantized: of samples that choose, and held out.
 
         Where no sample is held out, those that choose judge.
         """
-        theirs = self._session(part, names, {})
-        ours = self._session(part, names, weights)
-        sums = [({}, {}) for _ in names]  # type: list[tuple[dict[str, Array], dict[str, Array]]]
-        counts = [[0, 0] for _ in names]
+        names = list(dict.fromkeys(name for tap in taps for name in tap if name))
+        sums = [(_Sums(), _Sums()) for _ in taps]
         alone = self._judges >= len(self._float)
+        theirs = self._reader(part, names, {}, self._float)
+        ours = self._reader(part, names, weights, self._ours)
         for number, (x, z) in enumerate(zip(self._float, self._ours, strict=True)):
             side = int(number >= self._judges)
-            pairs = zip(theirs.run(x), ours.run(z), strict=True)
-            for i, (wanted, given) in enumerate(pairs):
-                rows, lost = _rows(given, wanted)
-                _add(sums[i][side], rows, lost, off=alone or bool(side))
-                counts[i][side] += len(rows)
+            wanted, given = theirs(x), ours(z)
+            for (name, behind), both in zip(taps, sums, strict=True):
+                stream = (wanted[behind], given[behind]) if behind else None
+                both[side].add(wanted[name], given[name], stream, off=alone or bool(side))
         return {
-            name: (
-                _drift(sums[i][0], counts[i][0]),
-                _drift(sums[i][int(not alone)], counts[i][int(not alone)]),
-            )
-            for i, name in enumerate(names)
+            tap: (choose.drift(), (choose if alone else judge).drift())
+            for tap, (choose, judge) in zip(taps, sums, strict=True)
         }
 
     def advance(self, part: Part, weights: Mapping[str, Blocked], needed: AbstractSet[str]) -> None:
@@ -76,14 +88,29 @@ class Streams:
         if not part.makes:
             return
         for states, codes in ((self._float, {}), (self._ours, weights)):
-            session = self._session(part, part.makes, codes)
+            read = self._reader(part, part.makes, codes, states)
             for state in states:
-                state.update(zip(part.makes, session.run(state), strict=True))
+                state.update(read(state))
                 for name in state.keys() - needed:
                     del state[name]
 
+    def _reader(
+        self, part: Part, names: Sequence[str], weights: Mapping[str, Blocked], states: Sequence[Mapping[str, Array]]
+    ) -> Callable[[Mapping[str, Array]], dict[str, Array]]:  # fmt: skip
+        """What gives these values for a state: those that it holds as they are, the others by running the part."""
+        missing = [name for name in names if name not in states[0]]
+        session = self._session(part, missing, weights) if missing else None
+
+        def read(state: Mapping[str, Array]) -> dict[str, Array]:
+            made = {name: state[name] for name in names if name in state}
+            if session is not None:
+                made |= zip(missing, session.run(state), strict=True)
+            return made
+
+        return read
+
     def _session(self, part: Part, names: Sequence[str], weights: Mapping[str, Blocked]) -> Session:
-        model = part_model(self._prepared, part, names, self._facts)
+        model = part_model(self._prepared, part, names, self.facts)
         if weights:
             run_pass(LowerNbits(weights, accuracy_level=self._recipe.accuracy_level), model)
         return Session(model, Options("all", threads=self._recipe.threads))
@@ -105,25 +132,48 @@ def even(rows: Array) -> Array:
     return factor[:, None]
 
 
-def _rows(given: Array, wanted: Array) -> tuple[Array, Array]:
-    """z, and x - z, float32 (rows, K), of even power."""
-    z = np.asarray(given, np.float32).reshape(-1, given.shape[-1])
-    x = np.asarray(wanted, np.float32).reshape(-1, wanted.shape[-1])
-    factor = even(z)
-    return z * factor, (x - z) * factor
+class _Sums:
+    """Sums of the second moments of rows of even power."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Array] = {}
+        self._count = 0
+
+    def add(
+        self, wanted: Array, given: Array, stream: tuple[Array, Array] | None, *, off: bool
+    ) -> None:
+        """Count x and z, (..., K), and what their outputs are added to, (..., N), of both models; for errors as well if `off`."""
+        x, z = _flat(wanted), _flat(given)
+        behind = None if stream is None else tuple(map(_flat, stream))
+        # an error counts by what it is added to: the normalization behind sees the sum
+        factor = even(z if behind is None else behind[1])
+        z, lost = z * factor, (x - z) * factor
+        products = {"H": z.T @ z, "cross": lost.T @ z}
+        if off:
+            products["off"] = lost.T @ lost
+        if behind is not None:
+            away = (behind[0] - behind[1]) * factor
+            products["behind.cross"] = away.T @ z
+            if off:
+                products |= {"behind.tied": away.T @ lost, "behind.off": np.vdot(away, away)}
+        self._count += len(z)
+        for name, product in products.items():
+            wide = np.asarray(product, np.float64)
+            if name in self._sums:
+                self._sums[name] += wide
+            else:
+                self._sums[name] = wide.copy()
+
+    def drift(self) -> Drift:
+        """Their means."""
+        mean = {name: total / max(self._count, 1) for name, total in self._sums.items()}
+        behind = None
+        if "behind.cross" in mean:
+            off = float(mean.get("behind.off", 0.0))
+            behind = Behind(mean["behind.cross"], mean.get("behind.tied"), off)
+        return Drift(mean["H"], mean["cross"], mean.get("off"), behind)
 
 
-def _add(sums: dict[str, Array], rows: Array, lost: Array, *, off: bool) -> None:
-    products = {"H": rows.T @ rows, "cross": lost.T @ rows}
-    if off:
-        products["off"] = lost.T @ lost
-    for name, product in products.items():
-        if name in sums:
-            sums[name] += product
-        else:
-            sums[name] = product.astype(np.float64)
-
-
-def _drift(sums: Mapping[str, Array], count: int) -> Drift:
-    mean = {name: total / max(count, 1) for name, total in sums.items()}
-    return Drift(mean["H"], mean["cross"], mean.get("off"))
+def _flat(values: Array) -> Array:
+    """The values as float32 (rows, K)."""
+    return np.asarray(values, np.float32).reshape(-1, values.shape[-1])

@@ -7,7 +7,7 @@ import pytest
 from block_weights import inputs, weights
 
 from qcompile.algo.choose import Factors, solve_blocks
-from qcompile.algo.drift import Drift, aim
+from qcompile.algo.drift import Behind, Drift, aim
 from qcompile.errors import DataError
 
 
@@ -111,3 +111,54 @@ def test_errors_need_all_moments() -> None:
     whole = drift(x, z)
     with pytest.raises(ValueError, match="second moment of x - z"):
         Drift(whole.H, whole.cross).error(weights(0, 8, 32), weights(0, 8, 32))
+
+
+def stream(seed: int, x: np.ndarray, z: np.ndarray, outputs: int) -> tuple[Drift, np.ndarray]:
+    """The drift, and d of rows: a part of it depends on z, the rest is noise."""
+    n, lost = len(x), x - z
+    mix = np.random.default_rng(7).normal(size=(z.shape[1], outputs)) / np.sqrt(z.shape[1])
+    d = 0.6 * z @ mix + 0.3 * np.random.default_rng(seed).normal(size=(n, outputs))
+    behind = Behind(d.T @ z / n, d.T @ lost / n, float(np.vdot(d, d)) / n)
+    return Drift(z.T @ z / n, lost.T @ z / n, lost.T @ lost / n, behind), d
+
+
+def test_the_error_counts_what_the_value_lacks_that_the_output_is_added_to() -> None:
+    W, V = weights(0, 8, 32), weights(1, 8, 32)
+    x, z = changed(0, 500, 32)
+    found, d = stream(0, x, z, 8)
+    slow = np.square(x @ W.T + d - z @ V.T).mean()
+    assert found.error(W, V) == pytest.approx(slow, rel=1e-6)
+    assert found.error(W, V) != pytest.approx(drift(x, z).error(W, V), rel=1e-3)
+
+
+def test_the_aim_makes_up_for_the_stream_on_other_rows() -> None:
+    W = weights(0, 8, 32)
+    one, d = stream(0, *changed(0, 4000, 32), 8)
+    other, _ = stream(1, *changed(1, 4000, 32), 8)
+    x, z = changed(0, 4000, 32)
+    made, share = aim(W, one, other)
+    slow = np.linalg.lstsq(z, x @ W.T + d, rcond=None)[0].T
+    assert share == pytest.approx(1, abs=0.1)
+    assert one.error(W, slow) <= one.error(W, made) < 1.05 * one.error(W, slow)
+    blind, _ = aim(W, drift(x, z), drift(*changed(1, 4000, 32)))
+    assert other.error(W, made) < 0.8 * other.error(W, blind)
+    quantized, _ = solve_blocks(W, bits=4, block=16, symmetric=False, H=one.H, drift=(one, other))
+    assert other.error(W, quantized.dequantize()) < other.error(W, blind)
+
+
+def test_a_stream_that_lacks_something_is_enough() -> None:
+    W = weights(0, 8, 32)
+    _, z = changed(0, 2000, 32)
+    found, _ = stream(0, z, z, 8)
+    made, share = aim(W, found)
+    assert share > 0.9
+    assert found.error(W, made) < found.error(W, W)
+
+
+def test_errors_need_the_moments_of_the_stream_as_well() -> None:
+    x, z = changed(0, 100, 32)
+    found, _ = stream(0, x, z, 8)
+    assert found.behind is not None
+    some = Drift(found.H, found.cross, found.off, Behind(found.behind.cross))
+    with pytest.raises(ValueError, match="moment of d"):
+        some.error(weights(0, 8, 32), weights(0, 8, 32))

@@ -120,7 +120,8 @@ def _compiled(
     told = any(text.startswith("nothing was quantized: ") for text in result.warnings)
     if not integer and not told:
         return Verdict("wrong", f"nothing was quantized, and this is said: {result.verdict()}")
-    verdict = judge(place, integer, recipe.bits)
+    calibrated = feeds is not None and recipe.static
+    verdict = judge(place, integer, recipe.bits, calibrated=calibrated)
     if verdict.outcome == "nothing":
         return Verdict("nothing", result.warnings[0])
     return verdict

@@ -265,6 +265,16 @@ def test_the_page(
     assert "wrong: node/test_x+weights" in capsys.readouterr().out
 
 
+def test_rows_of_earlier_runs_fill_what_was_not_run(tmp_path: Path) -> None:
+    row = backend_suite.Row("node/test_abs", "int8", True, "right", "", 1.0)
+    other = dataclasses.replace(row, case="node/test_abs+weights")
+    old = [dataclasses.replace(row, outcome="wrong"), dataclasses.replace(other, outcome="wrong"),
+           dataclasses.replace(row, setting="int4"), dataclasses.replace(row, case="light/light_vgg19")]  # fmt: skip
+    backend_suite.write(tmp_path / "j", old)
+    found = backend_suite.merged([[row], backend_suite.read(tmp_path / "j")])
+    assert found == [row, old[2], old[3]]  # +weights of the old run goes with its case
+
+
 def test_no_such_case(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["backend_suite.py", "--case", "none/*"])
     with pytest.raises(SystemExit, match="2"):

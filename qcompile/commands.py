@@ -141,7 +141,7 @@ def verify_models(
         }
         for n, errors in deployed.outputs.items()
     ]
-    warnings = [*deployed.problems(), *deployed.remarks()]
+    warnings = [*deployed.problems(), *deployed.remarks(recipe.sqnr_goal)]
     if stood_in:
         warnings.append(
             "No data: measured on stand-in inputs, not on real ones. Give samples with --data."

@@ -194,7 +194,7 @@ def _outputs(deployed: Comparison, exact: Comparison) -> list[dict[str, Any]]:
 def _warnings(
     opened: Opened, shop: Workshop, best: Attempt, deployed: Comparison, kernels: Kernels
 ) -> list[str]:
-    found = [*deployed.problems(), *deployed.remarks()]
+    found = [*deployed.problems(), *deployed.remarks(shop.recipe.sqnr_goal)]
     if opened.samples is None:
         convs = len(_waiting(best))
         if convs:
@@ -208,6 +208,8 @@ def _warnings(
         found.append(
             "Only one sample: it both calibrated and judged the result; give more with --data."
         )
+    elif best.plan.quantizes:
+        found += opened.few_judges()
     found += [
         f"{v.node} ({v.op}) was planned as {v.form} but ORT runs {v.kernel}: {v.why}."
         for v in kernels.missed

@@ -32,6 +32,8 @@ from qcompile.verify.compare import Reference
 from qcompile.verify.slices import parts_of
 from qcompile.version import __version__
 
+FEW = 4  # samples that judge a result: with less than that, a warning says so
+
 
 @dataclasses.dataclass
 class Opened:
@@ -54,6 +56,17 @@ class Opened:
     def guessed(self) -> bool:
         """Whether the preprocessing of images was guessed."""
         return any("guessed" in note for note in self.notes)
+
+    def few_judges(self) -> list[str]:
+        """A sentence, if there is data and so little is held out that it promises nothing of other inputs."""
+        if self.samples is None or self.samples.shared or self.samples.held_out_count >= FEW:
+            return []
+        count = self.samples.held_out_count
+        held = "1 sample was" if count == 1 else f"{count} samples were"
+        return [
+            f"Only {held} held out to judge the result, which says little of other inputs: give {5 * FEW} samples and more "
+            f"with --data, of which {FEW} and more judge."
+        ]
 
     def request(self, forms: Plan | None = None) -> Request:
         """What the recipe and an edited plan ask for.

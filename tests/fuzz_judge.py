@@ -118,7 +118,9 @@ def _compare(
 ) -> Verdict:  # fmt: skip
     onnx.checker.check_model(made)
     integer = any(node.op_type in INTEGER for node in made.graph.node)
-    said = bool(result.warnings) or result.goal_missed is not None or result.exit_code == 3
+    # that few samples judge is said of every result here
+    warned = any(not w.startswith("Only ") for w in result.warnings)
+    said = warned or result.goal_missed is not None or result.exit_code == 3
     for level in LEVELS:
         ours = session(made, level)
         if _face(ours) != _face(plain):

@@ -19,14 +19,19 @@ from qcompile.budget import Point
 from qcompile.errors import ModelError, OutputError
 from qcompile.graph import io
 from qcompile.plan.plan import Form, NodePlan, Plan
-from qcompile.report import GOOD, INACCURATE, NOT_FASTER
+from qcompile.report import GOOD, INACCURATE, NOT_FASTER, to_markdown
 from qcompile.search import History
 from qcompile.verify.compare import Comparison
 from qcompile.verify.kernels import Kernels, Verdict
 from qcompile.verify.metrics import Error, Part
 from qcompile.workshop import Attempt
 
-FEEDS = [{"x": x[None]} for x in samples(6)]
+
+def feeds_of(count: int) -> list[dict[str, Any]]:
+    return [{"x": x[None]} for x in samples(count)]
+
+
+FEEDS = feeds_of(6)
 pytestmark = pytest.mark.usefixtures("clock")
 
 
@@ -171,6 +176,43 @@ def test_one_sample_for_both() -> None:
         compile_model(conv_net(), FEEDS[:1], recipe=QUICK)
     )
     assert "it both calibrated" not in words(compile_model(conv_net(), FEEDS, recipe=QUICK))
+
+
+@pytest.mark.parametrize(
+    ("count", "held"),
+    [(2, "1 sample was"), (9, "1 sample was"), (19, "3 samples were"), (20, None)],
+)
+def test_few_samples_that_judge(
+    monkeypatch: pytest.MonkeyPatch, count: int, held: str | None
+) -> None:
+    """A result may be far worse on other inputs than on the one or two that judge it: that is said."""
+    monkeypatch.setattr("qcompile.opened.load_target", costless)
+    result = compile_model(conv_net(), feeds_of(count), recipe=QUICK)
+    few = [w for w in result.warnings if w.startswith("Only ")]
+    if held is None:
+        assert few == []
+        return
+    assert few == [
+        f"Only {held} held out to judge the result, which says little of other inputs: give 20 samples and more with --data, "
+        "of which 4 and more judge."
+    ]
+    assert f"- {few[0]}" in to_markdown(result)
+
+
+def test_samples_that_differ_a_hundredfold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The large samples decide the ranges and the figure; what is left of the small ones is said."""
+    monkeypatch.setattr("qcompile.opened.load_target", costless)
+    model = from_text(
+        "g (float[N,4,8,8] x) => (float[N,4,8,8] y) { [c] y = Conv(x, k) }", k=weight(4, 4, 1, 1)
+    )
+    alike = images(40)
+    feeds = [{"x": f["x"] * np.float32(1 if i % 2 else 0.01)} for i, f in enumerate(alike)]
+    result = compile_model(model, feeds, recipe=QUICK)
+    (told,) = (w for w in result.warnings if "dB in the worst" in w)
+    assert "less than the goal of 18 dB SQNR in 4 of 8 samples" in told
+    assert f"- {told}" in to_markdown(result)
+    calm = compile_model(model, alike, recipe=QUICK)
+    assert not any("dB in the worst" in w for w in calm.warnings)
 
 
 def test_a_goal_that_was_missed() -> None:

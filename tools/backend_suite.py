@@ -120,7 +120,8 @@ def _compiled(
     told = any(text.startswith("nothing was quantized: ") for text in result.warnings)
     if not integer and not told:
         return Verdict("wrong", f"nothing was quantized, and this is said: {result.verdict()}")
-    verdict = judge(place, integer, recipe.bits)
+    calibrated = feeds is not None and recipe.static
+    verdict = judge(place, integer, recipe.bits, calibrated=calibrated)
     if verdict.outcome == "nothing":
         return Verdict("nothing", result.warnings[0])
     return verdict
@@ -283,7 +284,20 @@ def main() -> int:
     )
     parser.add_argument("--recipe", action="append", choices=known, help="all without it")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="every row")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="that a case may take with one recipe"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="every row; written again every 100 cases"
+    )
+    parser.add_argument(
+        "--merge",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="rows of an earlier run, for cases and recipes that this one does not run; later files before earlier ones",
+    )
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="the table as a page")
     given = parser.parse_args()
     globs = given.case or ["*"]
@@ -293,25 +307,63 @@ def main() -> int:
 
     names = [n for n in backend_cases.names() if fits(n, globs) and not fits(n, given.out)]
     settings = [s for s in SETTINGS if not given.recipe or s.name in given.recipe]
-    if not names:
+    if not names and not given.merge:
         parser.error(f"no case is like {' or '.join(globs)}")
     start = time.perf_counter()
+    made: list[Row] = []
 
     def tick(done: int, found: Sequence[Row]) -> None:
+        made.extend(found)
         for line in bad(found):
             print(line, file=sys.stderr, flush=True)
         if done % 100 == 0 or done == len(names):
+            if given.json:
+                write(given.json, made)
             seconds = time.perf_counter() - start
             print(f"{done} of {len(names)} cases, {seconds:.0f} s", file=sys.stderr)
 
-    rows = run(names, settings, given.processes, tick)
+    rows = run(names, settings, given.processes, tick, given.seconds)
+    parts = [rows, *map(read, given.merge)]
+    rows = merged(parts)
     wrong = bad(rows)
     print(markdown(rows), *wrong, sep="\n")
     if given.json:
-        given.json.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=0))
+        write(given.json, rows)
     if given.markdown:
         given.markdown.write_text(page(rows, sys.argv[1:]))
     return int(bool(wrong))
+
+
+def write(file: Path, rows: Iterable[Row]) -> None:
+    """The rows as JSON."""
+    file.write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=0))
+
+
+def read(file: Path) -> list[Row]:
+    """What `write` wrote."""
+    return [Row(**row) for row in json.loads(file.read_text("utf-8"))]
+
+
+def merged(parts: Sequence[Sequence[Row]]) -> list[Row]:
+    """The rows of several runs in the order of the whole suite; a case and setting that several ran is the first one's."""
+    owner: dict[tuple[str, str], int] = {}
+    for number, rows in enumerate(parts):
+        for row in rows:
+            owner.setdefault((row.case.partition("+")[0], row.setting), number)
+    cases = {name: i for i, name in enumerate(backend_cases.names())}
+    settings = {setting.name: i for i, setting in enumerate(SETTINGS)}
+    found = [
+        row
+        for number, rows in enumerate(parts)
+        for row in rows
+        if owner[row.case.partition("+")[0], row.setting] == number
+    ]
+    return sorted(
+        found,
+        key=lambda row: (
+            cases.get(row.case.partition("+")[0], 0), row.case, settings[row.setting], not row.eager,
+        ),
+    )  # fmt: skip
 
 
 def page(rows: Sequence[Row], words: Sequence[str]) -> str:

@@ -2,8 +2,9 @@
 
     PYTHONPATH=. python tools/faults.py [--rounds 100] [--seed 0] [--cases int8,int4] [--signals KILL,INT,TERM]
 
-Each round runs one command, in some an old result stands in its place, and sends it a signal at a moment drawn evenly from
-the time that an undisturbed run takes. Then every file under a final name must be the old one or one that is whole,
+Each round runs one command, in some an old result stands in its place, and sends it a signal: in every second round of a case at a
+moment drawn evenly from the time that an undisturbed run takes, in the others within `LATE` seconds after it has begun to
+write, where files move to their places. Then every file under a final name must be the old one or one that is whole,
 no model may stand beside the data of another, and after SIGINT and SIGTERM nothing else may be left, one line be
 printed, and the exit code be 128 and the signal. After SIGKILL a folder `.*.qcompile-part` may be left, which the next run
 must remove, and files in the folder for temporary files. Prints counts, and a line for each breach.
@@ -37,6 +38,7 @@ _PAIR = f"from qcompile.graph import io; io.EXTERNAL_BYTES = 1000; {_START}"
 ORT_FILE = (
     ".ses"  # ONNX Runtime 1.32 writes a file of this name into the folder for temporary files
 )
+LATE = 0.03  # seconds in which small results are written
 _EARLY = 0.35  # seconds in which Python itself may still be starting
 
 
@@ -95,9 +97,13 @@ def inputs(folder: Path) -> None:
 
 
 def run(
-    case: Case, folder: Path, temp: Path, sent: int | None = None, after: float = 0.0
-) -> Outcome:
-    """The command in `folder`; `sent` goes to it after so many seconds, if it still runs."""
+    case: Case, folder: Path, temp: Path, sent: int | None = None, after: float = 0.0,
+    late: float | None = None,
+) -> Outcome:  # fmt: skip
+    """The command in `folder`; `sent` goes to it after so many seconds, if it still runs.
+
+    With `late` it goes so many seconds after the command has begun to write, which a folder of parts shows.
+    """
     temp.mkdir(exist_ok=True)
     env = {
         **os.environ, "TMPDIR": str(temp), "QCOMPILE_CACHE": str(folder.parent / "cache"),
@@ -108,6 +114,10 @@ def run(
         [sys.executable, "-c", case.start, *case.words], cwd=folder, env=env, text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
     )  # fmt: skip
+    if late is not None:
+        while process.poll() is None and not any(folder.rglob("*.qcompile-part")):
+            time.sleep(0.0002)
+        after = late
     try:
         _, err = process.communicate(timeout=after if sent is not None else 600)
     except subprocess.TimeoutExpired:
@@ -219,7 +229,9 @@ def main() -> int:
                     if file == "m.stats":  # what holds no statistics is refused
                         old[file] = whole[name][file]
                     (folder / file).write_bytes(old[file])
-            done = run(case, folder, temp, sent, rng.uniform(0, seconds[name] * 1.02))
+            after, late = rng.uniform(0, seconds[name] * 1.02), rng.uniform(0, LATE)
+            in_time = number // len(chosen) // len(signals) % 2 == 0
+            done = run(case, folder, temp, sent, after, None if in_time else late)
             found = breaches(case, folder, temp, whole[name], old, done, sent)
             parts = list(folder.rglob("*.qcompile-part"))
             if parts:

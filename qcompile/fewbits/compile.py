@@ -220,7 +220,7 @@ def _result(
     single = [row for row in feeds if row["feed"].startswith(ONE_TOKEN)]
     worst = min(single or feeds, key=lambda row: row["speedup"])
     missed = [row for row in rows if row["verdict"] != "integer"]
-    warnings = [*deployed.problems(), *deployed.remarks()]
+    warnings = [*deployed.problems(), *deployed.remarks(recipe.sqnr_goal)]
     warnings += [
         f"{row['node']} runs as {row['kernel'] or 'nothing'}: {row['why']}." for row in missed[:5]
     ]
@@ -229,6 +229,8 @@ def _result(
             "No calibration data: weights were rounded by themselves, and errors and latency were measured on "
             "stand-in inputs; give samples with --data."
         )
+    elif found:
+        warnings += opened.few_judges()
     smaller = "the result is smaller, but"
     if recipe.keeps_weights:
         smaller = "the caches are smaller, but the result is"

@@ -14,6 +14,7 @@ from qcompile.run.session import Feed, Session
 from qcompile.verify.metrics import MOST_DB, Error, Part
 
 _CACHE_BYTES = 96 << 20
+_SPREAD_DB = 10.0  # that a sample may be below all together: less is how samples differ
 
 Array = npt.NDArray[Any]
 
@@ -87,14 +88,29 @@ class Comparison:
                     found.append(f"{where} is constant: all its information is lost.")
         return found
 
-    def remarks(self) -> list[str]:
-        """Sentences about outputs that could not be compared: as many rows as boxes were found."""
-        return [
+    def remarks(self, goal: float = -np.inf) -> list[str]:
+        """Sentences about outputs that could not be compared, as many rows as boxes were found, or not in each sample.
+
+        Args:
+            goal: the SQNR in decibels that is promised of all samples together, which few of them may decide.
+        """
+        found = [
             f"output {name!r} has another shape than that of the float model for {errors[0].unlike} of "
             f"{self.samples} samples and was not compared there: judge the result by your own metric."
             for name, errors in self.outputs.items()
             if errors[0].unlike
         ]
+        for name, (whole, *_) in self.outputs.items():
+            each, all_of_them = whole.by_sample, whole.sqnr_db
+            if whole.bad or not each or not min(each) < goal <= all_of_them:
+                continue
+            if all_of_them - min(each) > _SPREAD_DB:
+                found.append(
+                    f"output {name!r} has less than the goal of {goal:g} dB SQNR in {sum(db < goal for db in each)} of "
+                    f"{self.samples} samples, {min(each):.1f} dB in the worst, and {all_of_them:.1f} dB in all together: judge "
+                    "the result by your own metric on every kind of input."
+                )
+        return found
 
 
 class Runner(Protocol):

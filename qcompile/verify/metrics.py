@@ -13,6 +13,7 @@ Array = npt.NDArray[Any]
 _NOTHING = 1e-5  # an error in a slice of zeros that counts as none
 _MOST_LOGIT = 1e6  # masks of -inf stay comparable
 _LEAST_SHARE = 1e-9  # a probability that codes cannot hold is no infinite loss
+_QUIET = 1e-6  # of the power of all samples of as many values: less is silence, which has no SQNR of its own
 MOST_DB = 300.0  # beyond, a ratio of powers leaves float64
 
 
@@ -48,6 +49,9 @@ class Error:
     scores of classes, `divergence` is the mean of KL(p || q) over the positions, p and q being what the float
     model and the result make of them, in nats.
 
+    `samples` holds power, noise and number of values of each sample. The SQNR of one (`by_sample`) may be far below that
+    of all together, where a sample whose values are a tenth counts for a hundredth.
+
     Indices and flags (booleans, integers of 32 bits and more) have no magnitude: `agreement` counts
     those that are the same, the cosine is their share, and SQNR is 10 log10(1 / share that differs).
     """
@@ -67,6 +71,7 @@ class Error:
     bad: int = 0
     unlike: int = 0
     discrete: bool = False
+    samples: list[tuple[float, float, int]] = dataclasses.field(default_factory=list)
 
     def add(self, reference: Array, result: Array) -> None:
         """One sample; shapes must agree. Non-finite results are counted in `bad`, and as lost."""
@@ -89,8 +94,10 @@ class Error:
         lost = known & ~np.isfinite(z)
         self.bad += int(lost.sum())
         y, z = np.where(known, y, 0.0), np.where(known & ~lost, z, 0.0)
-        self.power += float(np.square(y).sum())
-        self.noise += float(np.square(z - y).sum())
+        power, noise = float(np.square(y).sum()), float(np.square(z - y).sum())
+        self.samples.append((power, noise, y.size))
+        self.power += power
+        self.noise += noise
         self.dot += float((y * z).sum())
         self.power_result += float(np.square(z).sum())
         self.largest = max(self.largest, float(np.abs(z - y).max()))
@@ -109,6 +116,18 @@ class Error:
         if self.power == 0.0:  # nothing to compare with: a tiny error is none, any other is total
             return math.inf if self.noise <= self.count * _NOTHING**2 else -MOST_DB
         return max(-MOST_DB, 10 * math.log10(self.power / self.noise))
+
+    @property
+    def by_sample(self) -> list[float]:
+        """The SQNR of each sample that has noise, and values to compare it with: decibels."""
+        if self.discrete or not self.power:
+            return []
+        least = _QUIET * self.power / self.count
+        return [
+            max(-MOST_DB, 10 * math.log10(power / noise))
+            for power, noise, size in self.samples
+            if noise and power > least * size
+        ]
 
     @property
     def cosine(self) -> float:

@@ -258,6 +258,10 @@ def test_an_error_above_the_goal_is_told() -> None:
     content = compile_model(model, data, recipe=dataclasses.replace(recipe, sqnr_goal=3.0))
     assert content.goal_missed is None
     assert not any("below the goal" in warning for warning in content.warnings)
+    for result in (told, content):
+        assert any(
+            warning.startswith("Only 2 samples were held out") for warning in result.warnings
+        )
 
 
 def test_what_has_no_kernel_is_named() -> None:

@@ -124,9 +124,28 @@ def test_what_the_judge_says(
     tmp_path: Path, text: str, integer: int, outcome: str, why: str
 ) -> None:
     onnx.save(from_text(text), tmp_path / "m.onnx")
-    verdict = Judge(FLOAT, [FEED], [FEED], repeats=True)(tmp_path / "m.onnx", integer, None)
+    verdict = Judge(FLOAT, [FEED], [FEED], repeats=True)(
+        tmp_path / "m.onnx", integer, None, calibrated=True
+    )
     assert verdict.outcome == outcome, verdict
     assert why in verdict.why
+
+
+def test_what_saturates_excuses_its_own_sample_alone(tmp_path: Path) -> None:
+    """Samples within and beyond what calibrated (0 to 4): only beyond may the result be cut, and only where it is calibrated."""
+    cut = "g (float[2] x) => (float[2] y) <float k = {0}, float most = {4}> { r = Relu(x) y = Clip(r, k, most) }"
+    off = "g (float[2] x) => (float[2] y) <float k = {0.9}> { r = Relu(x) y = Mul(r, k) }"
+    low, high = ({"x": np.array([-1, most], np.float32)} for most in (4, 6))
+    model = from_text("g (float[2] x) => (float[2] y) { y = Relu(x) }")
+    for text, feeds, calibrated, outcome in (
+        (cut, [low, high], True, "right"), (cut, [low, high], False, "wrong"), (off, [high], True, "right"),
+        (off, [low, high], True, "wrong"),
+    ):  # fmt: skip
+        onnx.save(from_text(text), tmp_path / "m.onnx")
+        judge = Judge(model, [low], feeds, repeats=True)
+        verdict = judge(tmp_path / "m.onnx", 1, None, calibrated=calibrated)
+        assert verdict.outcome == outcome, verdict
+    assert "sample 0" in verdict.why
 
 
 def test_flags_may_differ_where_rounding_flips_them(tmp_path: Path) -> None:
@@ -136,7 +155,7 @@ def test_flags_may_differ_where_rounding_flips_them(tmp_path: Path) -> None:
     judge = Judge(from_text(text.format(1)), [feed], [feed], repeats=True)
     for factor, outcome in ((2, "right"), (-1, "wrong")):
         onnx.save(from_text(text.format(factor)), tmp_path / "m.onnx")
-        assert judge(tmp_path / "m.onnx", 1, None).outcome == outcome
+        assert judge(tmp_path / "m.onnx", 1, None, calibrated=True).outcome == outcome
 
 
 # ---- what a compilation answers
@@ -244,6 +263,16 @@ def test_the_page(
     assert "wrong: node/test_x+weights, int4, eager: off." in page
     assert len(json.loads((tmp_path / "j").read_text("utf-8"))) == 3
     assert "wrong: node/test_x+weights" in capsys.readouterr().out
+
+
+def test_rows_of_earlier_runs_fill_what_was_not_run(tmp_path: Path) -> None:
+    row = backend_suite.Row("node/test_abs", "int8", True, "right", "", 1.0)
+    other = dataclasses.replace(row, case="node/test_abs+weights")
+    old = [dataclasses.replace(row, outcome="wrong"), dataclasses.replace(other, outcome="wrong"),
+           dataclasses.replace(row, setting="int4"), dataclasses.replace(row, case="light/light_vgg19")]  # fmt: skip
+    backend_suite.write(tmp_path / "j", old)
+    found = backend_suite.merged([[row], backend_suite.read(tmp_path / "j")])
+    assert found == [row, old[2], old[3]]  # +weights of the old run goes with its case
 
 
 def test_no_such_case(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,6 +149,57 @@ def test_another_number_of_rows_is_not_compared() -> None:
     ]
 
 
+def sized(*factors: float) -> list[dict[str, Array]]:
+    """Samples of these sizes."""
+    return [
+        {"x": feed["x"] * np.float32(f)}
+        for feed, f in zip(feeds(len(factors)), factors, strict=True)
+    ]
+
+
+def stepped(y: Array, i: Array) -> tuple[Array, Array]:
+    """A step for all samples, as codes have."""
+    return np.round(y / 0.1) * 0.1, i
+
+
+def test_a_sample_that_is_far_worse_than_all_together_is_told() -> None:
+    """Of samples that differ a hundredfold the large ones decide; what is lost of the small ones must be said."""
+    found = reference(sized(1, 100, 1)).compare(Fixed(stepped))
+    (y,) = found.outputs["y"]
+    assert len(y.by_sample) == 3
+    low = min(y.by_sample)
+    assert low < 35
+    assert y.by_sample[1] > 60
+    assert y.sqnr_db > 60
+    assert found.remarks(40) == [
+        f"output 'y' has less than the goal of 40 dB SQNR in 2 of 3 samples, {low:.1f} dB in the worst, and {y.sqnr_db:.1f} dB "
+        "in all together: judge the result by your own metric on every kind of input."
+    ]
+    assert found.remarks() == found.remarks(low - 0.1) == []  # good enough in each
+    assert found.remarks(y.sqnr_db + 0.1) == []  # the goal is missed, which is said elsewhere
+
+
+def test_samples_that_differ_a_little_are_not_told() -> None:
+    found = reference(sized(1, 1.5, 1)).compare(Fixed(stepped))
+    (y,) = found.outputs["y"]
+    assert min(y.by_sample) < y.sqnr_db
+    assert found.remarks(y.sqnr_db) == []
+
+
+@pytest.mark.parametrize("factor", [0, 1e-6])
+def test_silence_has_no_sqnr_of_its_own(factor: float) -> None:
+    found = reference(sized(1, factor, 1)).compare(Fixed(lambda y, i: (y + 0.1, i)))
+    (y,) = found.outputs["y"]
+    assert len(y.by_sample) == 2
+    assert found.remarks(y.sqnr_db) == []
+
+
+def test_equal_samples_have_no_noise() -> None:
+    same = reference(sized(1, 100)).compare(session(TEXT.format(c=2)))
+    assert same.outputs["y"][0].by_sample == []
+    assert same.remarks(18) == []
+
+
 def test_another_rank_is_an_error() -> None:
     found = reference(feeds()).compare(Fixed(lambda y, i: (y[0], i)))
     assert found.worst_db == -np.inf

@@ -162,3 +162,14 @@ def test_stand_in() -> None:
     assert (feed["ids"] == 1).all()
     again = stand_in([InputSpec("x", f32, (None, 3, 8, "W"))])
     assert (again["x"] == feed["x"]).all()
+
+
+def test_inputs_too_large_to_be_made_up() -> None:
+    specs = [InputSpec("x", np.dtype(np.float32), (None, 1 << 15, 1 << 15))]
+    with pytest.raises(
+        DataError,
+        match=r"input 'x' of shape \[1, 32768, 32768\] is too large to be made up: give samples",
+    ):
+        stand_in(specs)
+    free = [InputSpec("x", np.dtype(np.float32), (1 << 15, 1 << 15), required=False)]
+    assert stand_in(free) == {}

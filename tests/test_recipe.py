@@ -212,6 +212,10 @@ def test_unknown_name() -> None:
         ({"format": "qd"}, "format is 'qd', not one of auto, qdq, fused. Did you mean 'qdq'?"),
         ({"keep_float": "Conv"}, "keep_float is the text 'Conv': give a tuple of patterns."),
         ({"min_sqnr": float("inf")}, "min_sqnr is inf: give a finite number of decibels."),
+        ({"memory": 0}, "memory is 0: give a number of bytes above 0."),
+        ({"objective": "fast"}, "objective is 'fast': give fastest or smallest."),
+        ({"search_time": 0.0}, "search_time is 0: give more than 0 seconds."),
+        ({"search_time": float("nan")}, "search_time is nan: give more than 0 seconds."),
     ],
 )
 def test_recipes_made_in_python(values: dict[str, Any], message: str) -> None:

@@ -19,6 +19,7 @@ from qcompile.report import (
     check_folder,
     grouped_float,
     to_markdown,
+    write_report,
 )
 from qcompile.show import show_plan, show_result, show_table
 
@@ -162,3 +163,12 @@ def test_folder_of_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(OutputError, match=r"check permissions, or change --report\."):
         check_folder(tmp_path / "a")
+
+
+def test_a_report_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()  # where a folder was, before the model was compiled
+    with pytest.raises(
+        OutputError,
+        match=r"the report could not be written to .+report: .+\. The model is whole: q \[v2\]\.onnx\.",
+    ):
+        write_report(tmp_path / "file" / "report", result())

@@ -314,3 +314,15 @@ def statistics_of_images() -> list[Statistics]:
         return Statistics(key, {}, 1)
 
     return [made("1", "A"), made("2", "B")]
+
+
+def test_second_moments_of_one_part_alone() -> None:
+    one, two = made(1, data=B), made(2, data=C)
+    gram = dataclasses.replace(two.tensors["t"], gram=np.eye(1), rows=1)
+    other = dataclasses.replace(two, tensors={"t": gram})
+    assert merge([("one", one), ("two", two)]).tensors["t"].gram is None
+    with pytest.raises(
+        DataError,
+        match=r"only one of one and two holds X'X of all its tensors: gather both with --gram, or both without\.",
+    ):
+        merge([("one", one), ("two", other)])

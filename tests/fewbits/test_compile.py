@@ -301,3 +301,12 @@ def test_a_decoder_is_judged_by_one_token(tmp_path: Path, monkeypatch: pytest.Mo
     assert result.latency["speedup"] == 3.0
     assert result.exit_code == GOOD, result.warnings
     assert any("At 1x24, many tokens at once, it is slower" in text for text in result.warnings)
+
+
+def test_plans_and_statistics_are_for_other_recipes(tmp_path: Path) -> None:
+    path = save(language(), tmp_path / "model.onnx")
+    with pytest.raises(
+        RecipeError, match=r"plans and statistics are for 8-bit activations: leave them out"
+    ):
+        compile_model(path, recipe=INT4, stats=tmp_path / "s.stats")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.onnx"]

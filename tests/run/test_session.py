@@ -138,3 +138,9 @@ def test_large_models_go_through_a_file_that_is_removed(
 
 def test_which_version() -> None:
     assert version() == ort.__version__
+
+
+def test_a_model_that_fails_on_its_input() -> None:
+    session = Session(parse("g (float[N] x, int64[1] i) => (float[M] y) { y = Gather(x, i) }"))
+    with pytest.raises(ModelError, match=r"^ONNX Runtime cannot run the model: .*Gather"):
+        session.run({"x": np.ones(3, np.float32), "i": np.array([7])})

@@ -24,10 +24,11 @@ DOORS = {
     "onnxruntime": ("qcompile/run/",),
     "onnx": ("qcompile/graph/io.py", "qcompile/graph/wire.py", "qcompile/graph/text.py"),
     "google": ("qcompile/graph/io.py", "qcompile/graph/wire.py"),
-    "scipy": ("qcompile/plan/knapsack.py", "qcompile/plan/network.py"),
+    "scipy": ("qcompile/algo/drift.py", "qcompile/plan/knapsack.py", "qcompile/plan/network.py"),
     "PIL": ("qcompile/calib/images.py",),
     "tokenizers": ("qcompile/calib/tokens.py",),
     "rich": ("qcompile/progress.py", "qcompile/show.py"),
+    "threadpoolctl": ("qcompile/fewbits/sequential.py",),
     "torch": (),
     "onnx_graphsurgeon": (),
 }

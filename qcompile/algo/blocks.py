@@ -73,6 +73,12 @@ class Blocked:
         """(N, K)."""
         return self.codes.shape[0], self.codes.shape[1]
 
+    def rows(self, which: slice | npt.NDArray[np.int64]) -> Blocked:
+        """Return some rows: a slice, as views, or numbers."""
+        return Blocked(
+            self.codes[which], self.scale[which], self.zero[which], self.bits, self.block
+        )
+
     def dequantize(self) -> npt.NDArray[np.float32]:
         """Return w', float32 (N, K), a new array: the product is rounded once, as ONNX Runtime does."""
         size = width(self.codes.shape[1], self.block)

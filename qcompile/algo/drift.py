@@ -15,16 +15,22 @@ and only a share of the way from W to T is gone: what is best for rows that T wa
 from __future__ import annotations
 
 import dataclasses
+import threading
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import scipy.linalg
 
 from qcompile.errors import DataError
 
 Array = npt.NDArray[Any]
 
 _DAMPS = (0.001, 0.01, 0.1)  # of the mean power, added to that of each input; GPTQ has 0.01
+_ROWS = 96  # of the weights, spread evenly, that the damping is chosen by
+_ALL = slice(None)
+_WEIGHTS = 1 << 22  # at once: 32 MiB of float64
+_MOST = 10  # damping at which no moment is indefinite
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,6 +63,8 @@ class Drift:
     cross: Array
     off: Array | None = None
     behind: Behind | None = None
+    _factors: dict[float, Any] = dataclasses.field(default_factory=dict, repr=False)
+    _lock: Any = dataclasses.field(default_factory=threading.Lock, repr=False)
 
     def error(self, W: Array, made: Array) -> float:
         """Return E |W x + d - V z|^2 / N, the mean squared error of an output; d is 0 if nothing is behind it.
@@ -68,29 +76,88 @@ class Drift:
         Raises:
             ValueError: `off` is not known.
         """
-        if self.off is None:
-            raise ValueError("errors need the second moment of x - z")
-        wide = np.asarray(W, np.float64)
-        rest = wide - made
-        total = np.vdot(rest @ self.H, rest) + 2 * np.vdot(rest, self.missing(wide))
-        total += np.vdot(wide @ self.off, wide)
-        if self.behind is not None:
-            if self.behind.tied is None:
-                raise ValueError("errors need the moment of d with x - z")
-            total += 2 * np.vdot(wide, self.behind.tied) + self.behind.off
-        return max(float(total), 0.0) / max(len(wide), 1)
+        return Wanted(W, self).error(made)
 
-    def missing(self, W: Array) -> Array:
-        """Return E[(W (x - z) + d) z'], float64 (N, K): what the output lacks, as far as z tells.
+    def undone(self, missing: Array, damp: float) -> Array:
+        """Return what weights must gain to give what the output lacks, float64 (N, K).
 
         Args:
-            W: weights of the float layer, (N, K).
+            missing: as `missing` gives it.
+            damp: share of the mean power of inputs that is added to that of each.
+        """
+        with self._lock:
+            if damp not in self._factors:  # one factor for all weights that read the input
+                self._factors[damp] = _factor(np.asarray(self.H, np.float64), damp)
+        made: Array = scipy.linalg.cho_solve(self._factors[damp], missing.T, check_finite=False).T
+        return made
+
+    def missing(self, W: Array, rows: slice | Array = _ALL) -> Array:
+        """Return E[(W (x - z) + d) z'], float64 (n, K): what the output lacks, as far as z tells.
+
+        Args:
+            W: some rows of the weights of the float layer, (n, K).
+            rows: which ones.
         """
         made: Array = np.asarray(W, np.float64) @ self.cross
-        return made if self.behind is None else made + self.behind.cross
+        return made if self.behind is None else made + self.behind.cross[rows]
 
 
-def aim(W: Array, drift: Drift, judge: Drift | None = None) -> tuple[Array, float]:
+class Wanted:
+    """What a float layer gives on some data, and how far from it others are. Some rows of weights are worked on at once."""
+
+    def __init__(self, W: Array, drift: Drift) -> None:
+        """`W` are the weights of the layer, (N, K)."""
+        self._W, self._drift = W, drift
+        self._missing = np.empty(W.shape, np.float32)
+        for rows in _pieces(W):
+            self._missing[rows] = drift.missing(W[rows], rows)
+        self._fast = drift.H.astype(np.float32)
+        self._others: float | None = None  # terms of the error that the weights have no part in
+
+    def error(self, made: Array) -> float:
+        """Return E |W x + d - V z|^2 / N of V = `made`, (N, K); d is 0 if nothing is behind the output.
+
+        Raises:
+            ValueError: the drift has not all moments for it.
+        """
+        if self._others is None:
+            self._others = self._find_others()
+        total = self._others
+        total += sum(self.part(made[rows], rows) for rows in _pieces(made))
+        return max(total, 0.0) / max(len(made), 1)
+
+    def part(self, made: Array, rows: Array | slice) -> float:
+        """Return what some rows, (n, K), add to the error of all, but for what is the same whatever they are."""
+        rest = np.asarray(self._W[rows], np.float64) - made
+        total = float(np.vdot(rest @ self._drift.H, rest))
+        return total + 2 * float(np.vdot(rest, self._missing[rows]))
+
+    def terms(self, way: Array, rows: Array | slice) -> Array:
+        """Return a and b, (2,): with s of a way from the weights, the error of some rows falls by s (2 a - s b).
+
+        Args:
+            way: float32, what these rows of the weights gain at s = 1, (n, K).
+            rows: which of the N rows these are.
+        """
+        return np.array(
+            [np.vdot(self._missing[rows], way), np.vdot(way @ self._fast, way)], np.float64
+        )
+
+    def _find_others(self) -> float:
+        drift, total = self._drift, 0.0
+        if drift.off is None:
+            raise ValueError("errors need the second moment of x - z")
+        if drift.behind is not None:
+            if drift.behind.tied is None:
+                raise ValueError("errors need the moment of d with x - z")
+            total += 2 * float(np.vdot(self._W, drift.behind.tied)) + drift.behind.off
+        for rows in _pieces(self._W):
+            wide = np.asarray(self._W[rows], np.float64)
+            total += float(np.vdot(wide @ drift.off, wide))
+        return total
+
+
+def aim(W: Array, drift: Drift, judge: Drift | Wanted | None = None) -> tuple[Array, float]:
     """Return the weights to round, float32 (N, K), and the share of the way from W to T, 0 to 1: 0 if nothing helps.
 
     Args:
@@ -99,26 +166,61 @@ def aim(W: Array, drift: Drift, judge: Drift | None = None) -> tuple[Array, floa
         judge: of other data, which decide on the damping and the share; by default `drift` itself.
 
     Raises:
-        DataError: H holds NaN or infinities.
+        DataError: H holds NaN or infinities, or is no second moment.
     """
-    wide, H = np.asarray(W, np.float64), np.asarray(drift.H, np.float64)
-    missing = drift.missing(wide)
-    if not (np.isfinite(H).all() and np.isfinite(missing).all()):
+    moments = [drift.H, drift.cross, *([] if drift.behind is None else [drift.behind.cross])]
+    if not all(np.isfinite(moment).all() for moment in moments):
         raise DataError("the second moment of the input holds NaN or infinities: calibrate again.")
-    power = np.diag(H)
-    if not np.any(missing) or not np.any(power):
+    if not any(map(np.any, moments[1:])) or not np.any(np.diag(drift.H)):
         return np.asarray(W, np.float32), 0.0
     judge = drift if judge is None else judge
-    needed = judge.missing(wide)
-    best: Array = np.zeros_like(wide)
-    gain, share = 0.0, 0.0
-    for damp in _DAMPS:
-        firm = H + np.diag(np.where(power > 0, damp * power.mean(), power.mean()))
-        way = np.linalg.solve(firm, missing.T).T
-        # E |W (x - z) + d - s way z|^2 is a parabola in s
-        top, least = np.vdot(needed, way), np.vdot(way @ judge.H, way)
-        s = float(np.clip(top / least, 0, 1)) if least > 0 else 0.0
-        if s * (2 * top - s * least) > gain:
-            best, gain, share = way, float(s * (2 * top - s * least)), s
-    made: Array = (wide + share * best).astype(np.float32)
+    wanted = judge if isinstance(judge, Wanted) else Wanted(W, judge)
+    some = np.unique(np.linspace(0, len(W) - 1, min(_ROWS, len(W))).astype(np.int64))
+    few = drift.missing(W[some], some)
+    gains = {
+        damp: _best(wanted.terms(drift.undone(few, damp).astype(np.float32), some))[1]
+        for damp in _DAMPS
+    }
+    damp = max(gains, key=gains.__getitem__)
+    made, terms = np.empty(W.shape, np.float32), np.zeros(2)
+    for rows in _pieces(W):
+        made[rows] = drift.undone(drift.missing(W[rows], rows), damp)
+        terms += wanted.terms(made[rows], rows)
+    share, gain = _best(terms)
+    if gain <= 0:
+        return np.asarray(W, np.float32), 0.0
+    made *= np.float32(share)
+    made += W
     return made, share
+
+
+def _best(terms: Array) -> tuple[float, float]:
+    """The share of a way that lowers the error most, 0 to 1, and by how much it does: a parabola, see `Wanted.terms`."""
+    a, b = map(float, terms)
+    s = min(max(a / b, 0.0), 1.0) if b > 0 else 0.0
+    return s, s * (2 * a - s * b)
+
+
+def _pieces(W: Array) -> list[slice]:
+    """Rows that are worked on at once, all of them in turn."""
+    step = max(_WEIGHTS // max(W.shape[1], 1), 1)
+    return [slice(first, first + step) for first in range(0, len(W), step)]
+
+
+def _factor(H: Array, damp: float) -> tuple[Array, bool]:
+    """The Cholesky factor of H, damped more strongly where sums in float32 have left it indefinite."""
+    power = np.diag(H)
+    while True:
+        firm = H + np.diag(np.where(power > 0, damp * power.mean(), power.mean()))
+        try:
+            made: tuple[Array, bool] = scipy.linalg.cho_factor(
+                firm, overwrite_a=True, check_finite=False
+            )
+        except np.linalg.LinAlgError:
+            if damp >= _MOST:
+                raise DataError(
+                    "the second moment of the input is not positive semidefinite: calibrate again."
+                ) from None
+            damp *= 10
+        else:
+            return made

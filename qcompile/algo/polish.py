@@ -59,13 +59,7 @@ def polish(
     step = max(_ROWS // max(W.shape[1], 1), 1)
     for first in range(0, len(W), step):
         rows = np.s_[first : first + step]
-        part = Blocked(
-            blocked.codes[rows],
-            blocked.scale[rows],
-            blocked.zero[rows],
-            blocked.bits,
-            blocked.block,
-        )
+        part = blocked.rows(rows)
         sweeper = _Sweeper(W[rows], part, gram, scales)
         for _ in range(sweeps):
             if not sweeper.sweep(refit=refit):

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
-from qcompile.graph.edit import drop_unread
 from qcompile.run.probe import Fact
 
 _WIDE = 1.5  # times the bytes that pass at the usual place: beyond, two parts stay one
@@ -74,31 +73,21 @@ def part_model(
     model: ir.Model, part: Part, outputs: Sequence[str], facts: Mapping[str, Fact]
 ) -> ir.Model:
     """A model of the part alone, that reads what passes as inputs and makes `outputs`; weights are shared."""
-    clone = model.clone()
-    graph = clone.graph
-    values = dict(graph.initializers)
-    values |= {v.name or "": v for v in graph.inputs}
-    values |= {v.name or "": v for node in graph for v in node.outputs}
-    graph.outputs.clear()  # what is one may pass into the part as well
-    for name in part.reads:
-        old = values[name]
-        known = facts[name].dtype if name in facts else None
-        dtype = ir.DataType.FLOAT if known is None else ir.DataType.from_numpy(known)
-        axes = facts[name].shape if name in facts else None
-        shape = None if axes is None else ir.Shape([None] * len(axes))  # samples differ in length
-        new = ir.Value(name=name, type=ir.TensorType(dtype), shape=shape)
-        old.name = f"{name}_before"
-        ir.convenience.replace_all_uses_with(old, new)
-        graph.inputs.append(new)
-        values[name] = new
-    graph.outputs.extend(values[name] for name in outputs)
-    drop_unread(clone)
-    read = {id(v) for node in graph.all_nodes() for v in node.inputs} | {
-        id(v) for v in graph.outputs
-    }
-    for value in [v for v in graph.inputs if id(v) not in read]:
+    starts = dict.fromkeys((*part.reads, *(value.name or "" for value in model.graph.inputs)))
+    graph = ir.convenience.extract(model.graph, list(starts), list(outputs))
+    for value in [v for v in graph.inputs if not (v.uses() or v.is_graph_output())]:
         graph.inputs.remove(value)
-    return clone
+    reads = set(part.reads)
+    for value in graph.inputs:
+        if value.name not in reads:
+            continue
+        known = facts.get(value.name, Fact(None, None))
+        dtype = ir.DataType.FLOAT if known.dtype is None else ir.DataType.from_numpy(known.dtype)
+        value.type = ir.TensorType(dtype)
+        # samples differ in length
+        value.shape = None if known.shape is None else ir.Shape([None] * len(known.shape))
+    functions = [function.clone() for function in model.functions.values()]
+    return ir.Model(graph, ir_version=model.ir_version, functions=functions)
 
 
 def read_values(node: ir.Node) -> list[ir.Value | None]:

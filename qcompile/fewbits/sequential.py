@@ -15,6 +15,7 @@ from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
 
 import onnx_ir as ir
+from threadpoolctl import threadpool_limits
 
 from qcompile.algo.blocks import Blocked
 from qcompile.algo.choose import Factors, Tally, solve_blocks
@@ -129,7 +130,8 @@ def _solve_part(
             tick()
             return item.name, made
 
-        with ThreadPoolExecutor(streams.workers) as pool:
+        # products of one thread each: what threads of products wait for each other is more than they gain
+        with threadpool_limits(1, "blas"), ThreadPoolExecutor(streams.workers) as pool:
             found |= dict(pool.map(one, group))
     return found
 

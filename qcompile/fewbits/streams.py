@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -25,7 +26,11 @@ Array = npt.NDArray[Any]
 Tap = tuple[str, str]
 """The value that a matrix reads, and the one that its output is added to; empty if there is none."""
 
-_KEPT = 1 << 29  # bytes of what a float part makes for all samples, that are kept
+_KEPT = 1 << 29  # bytes of what a part makes for all samples, in one model, that are kept
+_ROWS = 4096  # whose products are summed in float32, and then in float64
+_LEVEL = (
+    0  # of MatMulNBits here: float activations, many rows at once, are faster than rounded ones
+)
 _SHARE = 0.1  # of the median power of rows, that no row is taken to have less than
 
 
@@ -40,16 +45,19 @@ class Streams:
         self._float: list[dict[str, Array]] = [dict(feed) for feed in feeds]
         self._ours: list[dict[str, Array]] = [dict(feed) for feed in feeds]
         self._judges = judges
+        self._inside: tuple[str, ...] = ()  # what is kept of a part while its matrices are solved
         self.workers = max(1, recipe.threads or os.cpu_count() or 1)
 
     def begin(self, part: Part, names: Sequence[str]) -> None:
         """Run the float part once for these values and for what it makes, where they are few bytes for all samples.
 
-        Else it runs whenever some of them are asked for.
+        Else it runs whenever some of them are asked for. So does the quantized part, which runs from where it was before
+        to where its next matrices are.
         """
-        wanted = list(dict.fromkeys([*names, *part.makes]))
+        wanted = [n for n in dict.fromkeys([*names, *part.makes]) if n not in self._float[0]]
         size = sum(4 * self.facts[n].elements for n in wanted if n in self.facts) * len(self._float)
-        if wanted and size <= _KEPT:
+        self._inside = tuple(wanted) if size <= _KEPT else ()
+        if self._inside:
             session = self._session(part, wanted, {})
             for state in self._float:
                 state.update(zip(wanted, session.run(state), strict=True))
@@ -66,12 +74,16 @@ class Streams:
         alone = self._judges >= len(self._float)
         theirs = self._reader(part, names, {}, self._float)
         ours = self._reader(part, names, weights, self._ours)
+        needed = {*part.makes, *(behind for _, behind in taps)}
         for number, (x, z) in enumerate(zip(self._float, self._ours, strict=True)):
             side = int(number >= self._judges)
             wanted, given = theirs(x), ours(z)
+            z.update((name, given[name]) for name in self._inside if name in given)
             for (name, behind), both in zip(taps, sums, strict=True):
                 stream = (wanted[behind], given[behind]) if behind else None
                 both[side].add(wanted[name], given[name], stream, off=alone or bool(side))
+            for name in set(names) & set(self._inside) & x.keys() - needed:
+                del x[name]  # it has been asked for
         return {
             tap: (choose.drift(), (choose if alone else judge).drift())
             for tap, (choose, judge) in zip(taps, sums, strict=True)
@@ -99,7 +111,9 @@ class Streams:
     ) -> Callable[[Mapping[str, Array]], dict[str, Array]]:  # fmt: skip
         """What gives these values for a state: those that it holds as they are, the others by running the part."""
         missing = [name for name in names if name not in states[0]]
-        session = self._session(part, missing, weights) if missing else None
+        there = [name for name in self._inside if name in states[0]]
+        rest = dataclasses.replace(part, reads=tuple(dict.fromkeys((*part.reads, *there))))
+        session = self._session(rest, missing, weights) if missing else None
 
         def read(state: Mapping[str, Array]) -> dict[str, Array]:
             made = {name: state[name] for name in names if name in state}
@@ -111,8 +125,8 @@ class Streams:
 
     def _session(self, part: Part, names: Sequence[str], weights: Mapping[str, Blocked]) -> Session:
         model = part_model(self._prepared, part, names, self.facts)
-        if weights:
-            run_pass(LowerNbits(weights, accuracy_level=self._recipe.accuracy_level), model)
+        if weights:  # float activations: of many rows at once, products are then faster
+            run_pass(LowerNbits(weights, accuracy_level=0), model)
         return Session(model, Options("all", threads=self._recipe.threads))
 
 
@@ -138,6 +152,8 @@ class _Sums:
     def __init__(self) -> None:
         self._sums: dict[str, Array] = {}
         self._count = 0
+        self._off = False
+        self._waiting: list[tuple[Array, Array, Array | None]] = []
 
     def add(
         self, wanted: Array, given: Array, stream: tuple[Array, Array] | None, *, off: bool
@@ -148,15 +164,28 @@ class _Sums:
         # an error counts by what it is added to: the normalization behind sees the sum
         factor = even(z if behind is None else behind[1])
         z, lost = z * factor, (x - z) * factor
-        products = {"H": z.T @ z, "cross": lost.T @ z}
-        if off:
-            products["off"] = lost.T @ lost
-        if behind is not None:
-            away = (behind[0] - behind[1]) * factor
-            products["behind.cross"] = away.T @ z
-            if off:
-                products |= {"behind.tied": away.T @ lost, "behind.off": np.vdot(away, away)}
+        away = None if behind is None else (behind[0] - behind[1]) * factor
+        self._off = off
+        self._waiting.append((z, lost, away))
         self._count += len(z)
+        if sum(len(rows[0]) for rows in self._waiting) >= _ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Add the products of the rows that wait: of many at once, since sums in float64 take as long as products of few."""
+        if not self._waiting:
+            return
+        z, lost = (np.concatenate([rows[i] for rows in self._waiting]) for i in (0, 1))
+        behind = [rows[2] for rows in self._waiting if rows[2] is not None]
+        self._waiting = []
+        products = {"H": z.T @ z, "cross": lost.T @ z}
+        if self._off:
+            products["off"] = lost.T @ lost
+        if behind:
+            away = np.concatenate(behind)
+            products["behind.cross"] = away.T @ z
+            if self._off:
+                products |= {"behind.tied": away.T @ lost, "behind.off": np.vdot(away, away)}
         for name, product in products.items():
             wide = np.asarray(product, np.float64)
             if name in self._sums:
@@ -166,6 +195,7 @@ class _Sums:
 
     def drift(self) -> Drift:
         """Their means."""
+        self._flush()
         mean = {name: total / max(self._count, 1) for name, total in self._sums.items()}
         behind = None
         if "behind.cross" in mean:

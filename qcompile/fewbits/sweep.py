@@ -285,12 +285,7 @@ class _Sweep:
         scheme = Scheme(bits, _BLOCK, self._recipe.symmetric)
         made = rounded(W, scheme, self._recipe.algorithm, None if H is None else Factors(H))
         taken = places(len(W))
-        off = (
-            some_rows(item)
-            - Blocked(
-                made.codes[taken], made.scale[taken], made.zero[taken], made.bits, made.block
-            ).dequantize()
-        )
+        off = some_rows(item) - made.rows(taken).dequantize()
         error = float(np.square(off).sum(dtype=np.float64))
         self._left[item.name, bits] = error if judge is None else output_error(off, judge)
         return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ Array = npt.NDArray[Any]
 _NOTHING = 1e-5  # an error in a slice of zeros that counts as none
 _MOST_LOGIT = 1e6  # masks of -inf stay comparable
 _LEAST_SHARE = 1e-9  # a probability that codes cannot hold is no infinite loss
+_AT_ONCE = 1 << 20  # values that are compared at once
 _QUIET = 1e-6  # of the power of all samples of as many values: less is silence, which has no SQNR of its own
 MOST_DB = 300.0  # beyond, a ratio of powers leaves float64
 
@@ -78,6 +80,14 @@ class Error:
         y, z = self.part.of(reference), self.part.of(result)
         if y.size == 0:
             return
+        power = noise = 0.0
+        for pair in _pieces(y, z):
+            more = self._add(*pair)
+            power, noise = power + more[0], noise + more[1]
+        self.samples.append((power, noise, y.size))
+
+    def _add(self, y: Array, z: Array) -> tuple[float, float]:
+        """A piece of a sample; its power and its noise."""
         if y.dtype.kind not in "fc":
             self.discrete = y.dtype.kind == "b" or y.dtype.itemsize >= 4
             self.same += int((y == z).sum())
@@ -95,7 +105,6 @@ class Error:
         self.bad += int(lost.sum())
         y, z = np.where(known, y, 0.0), np.where(known & ~lost, z, 0.0)
         power, noise = float(np.square(y).sum()), float(np.square(z - y).sum())
-        self.samples.append((power, noise, y.size))
         self.power += power
         self.noise += noise
         self.dot += float((y * z).sum())
@@ -104,6 +113,7 @@ class Error:
         self.total += float(y.sum())
         self.total_result += float(z.sum())
         self.count += y.size
+        return power, noise
 
     @property
     def sqnr_db(self) -> float:
@@ -188,6 +198,17 @@ class Error:
             "divergence": None if self.divergence is None else float(f"{self.divergence:.4g}"),
             "dead": self.dead,
         }
+
+
+def _pieces(y: Array, z: Array) -> Iterator[tuple[Array, Array]]:
+    """Both, some rows at a time: sums in float64 of all logits of a text would take more than the model."""
+    if y.ndim < 2 or y.size <= _AT_ONCE:
+        yield y, z
+        return
+    rows = y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1])
+    step = max(1, _AT_ONCE // y.shape[-1])
+    for first in range(0, len(rows[0]), step):
+        yield rows[0][first : first + step], rows[1][first : first + step]
 
 
 def divergence(reference: Array, result: Array, *, logits: bool) -> npt.NDArray[np.float64]:

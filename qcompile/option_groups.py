@@ -160,6 +160,10 @@ def add_data(parser: Parser, what: str) -> None:
     group.add_argument(
         "--max-tokens", type=at_least(1), metavar="N", help="longest text, in tokens (128)"
     )
+    group.add_argument(
+        "--pack", action="store_true", default=None,
+        help="all lines of a text as one, cut into samples of --max-tokens: for models that continue texts",
+    )  # fmt: skip
     group.add_argument("--size", type=image_size, metavar="HxW", help="size of images, as 224x224")
     group.add_argument(
         "--resize", type=at_least(1), metavar="N", help="short side of images before the crop"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qcompile.recipe import Recipe
 
 _IMAGE = ("size", "resize", "crop", "mean", "std", "scale", "layout", "color")
-_DATA = ("samples", "tokenizer", "max_tokens")
+_DATA = ("samples", "tokenizer", "max_tokens", "pack")
 _OWN = (
     "ranges", "target", "threads", "format", "sqnr_goal", "min_sqnr", "memory", "skip_bad", "max_drop", "metric",
     "lower_is_better", "max_size", "max_latency", "objective", "search_time", *SWITCHES,

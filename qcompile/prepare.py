@@ -14,8 +14,10 @@ from passes.fold_affine import FoldAffine
 from passes.fold_batchnorm import FoldBatchnorm
 from passes.fold_constants import FoldConstants
 from passes.fold_gate import FoldGate
+from passes.fold_shapes import FoldShapes
 from passes.fold_shuffle import FoldShuffle
 from passes.fuse_hard_swish import FuseHardSwish
+from passes.group_heads import GroupHeads
 from passes.inline_if import InlineIf
 from passes.name_nodes import NameNodes
 from passes.pool_to_conv import PoolToConv
@@ -31,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 PASSES: Sequence[Pass] = (
     NameNodes(), InlineIf(), FoldConstants(), DropIdentity(), FoldBatchnorm(), FoldAffine(), FuseHardSwish(), FoldGate(), FoldShuffle(),
-    PoolToConv(),
+    PoolToConv(), FoldShapes(), GroupHeads(),
 )  # fmt: skip
 
 

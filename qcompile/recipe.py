@@ -227,7 +227,7 @@ BUILT_IN: Mapping[str, Recipe] = {
     "int8-static": Recipe(name="int8-static", dynamic=False),
     "int8-dynamic": Recipe(name="int8-dynamic", static=False),
     "int4": Recipe(name="int4", bits=4),
-    "int8-weights": Recipe(name="int8-weights", bits=8),
+    "int8-weights": Recipe(name="int8-weights", bits=8, block=64, symmetric=True),
     "kv-cache": Recipe(name="kv-cache", static=False, dynamic=False, kv_cache="int8"),
 }
 

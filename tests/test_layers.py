@@ -28,7 +28,7 @@ DOORS = {
     "PIL": ("qcompile/calib/images.py",),
     "tokenizers": ("qcompile/calib/tokens.py",),
     "rich": ("qcompile/progress.py", "qcompile/show.py"),
-    "threadpoolctl": ("qcompile/fewbits/sequential.py",),
+    "threadpoolctl": ("qcompile/fewbits/sequential.py", "qcompile/fewbits/sweep.py"),
     "torch": (),
     "onnx_graphsurgeon": (),
 }

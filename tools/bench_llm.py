@@ -1,6 +1,7 @@
 """Compares weights of few bits on a language model: qcompile's recipes and ONNX Runtime's own quantizer.
 
     python tools/bench_llm.py MODEL.onnx --data CALIB --task wikitext2 [--windows 8] [--rows int4,rtn,...] [--eval ../shared/eval]
+    python tools/bench_llm.py MODEL.onnx --data calib.txt --tokenizer tokenizer.json --max-tokens 512 [...]   # as one text
 
 Prints perplexity on the evaluation split of the kit's task, time of one token behind a cache of 128, size, and seconds and
 memory of the quantizer. Data for calibration and figures come from different texts.
@@ -23,7 +24,9 @@ OURS = {
     "int4-g128": ["--recipe", "int4", "--block", "128"],
     "int4-g128-rtn": ["--recipe", "int4", "--block", "128", "--algorithm", "rtn"],
     "int4-small": ["--recipe", "int4", "--block", "64", "--bits-for", "Gather=4"],
+    "int4-90mb": ["--recipe", "int4", "--max-size", "90MB"],
     "int8-weights": ["--recipe", "int8-weights"],
+    "int8-weights-64": ["--recipe", "int8-weights", "--block", "64", "--symmetric"],
 }
 _ORT = """
 import sys, onnx
@@ -72,6 +75,8 @@ def main() -> int:
     )
     parser.add_argument("model", type=Path)
     parser.add_argument("--data", required=True)
+    parser.add_argument("--tokenizer", help="tokenizer.json, where the data is one text")
+    parser.add_argument("--max-tokens", default="512", help="of its samples")
     parser.add_argument("--task", default="wikitext2", help="of the evaluation kit")
     parser.add_argument(
         "--windows", default=8, type=int, help="of text that perplexity is measured on"
@@ -103,6 +108,8 @@ def _row(args: argparse.Namespace, name: str, path: Path) -> dict[str, Any] | No
             "-q",
             *OURS[name],
         ]
+        if args.tokenizer is not None:
+            command += ["--tokenizer", args.tokenizer, "--max-tokens", args.max_tokens, "--pack"]
     else:
         command = [sys.executable, "-c", _ORT, str(args.model), str(path), ORT[name]]
     done = measured(command, limit=900)

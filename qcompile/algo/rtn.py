@@ -35,6 +35,9 @@ Array = npt.NDArray[Any]
 FACTORS = (1.0, 1.14, 1.07, 0.95, 0.9, 0.85, 0.8, 0.74, 0.67, 0.6)
 """What `search` multiplies the step of the whole range by. 8/7 is the step that clips neither end if symmetric."""
 
+_FINE = 8  # bits of which the first factors alone are tried: on normal weights the others never win
+_WIDE = 3  # of the factors
+
 
 def rtn(
     W: Array, *, bits: int, block: int | None, symmetric: bool, scales: ScaleType = "float32"
@@ -63,7 +66,7 @@ def rtn(
 
 def search(
     W: Array, *, bits: int, block: int | None, symmetric: bool, power: Array | None = None,
-    scales: ScaleType = "float32", factors: Sequence[float] = FACTORS,
+    scales: ScaleType = "float32", factors: Sequence[float] | None = None,
 ) -> Blocked:  # fmt: skip
     """Return the codes nearest to `W` for the scales of least error; no block is worse off than with `rtn`.
 
@@ -74,7 +77,7 @@ def search(
         symmetric: the zero points are 2**(bits - 1).
         power: E[x^2], (K,).
         scales: as for `rtn`.
-        factors: positive; the whole range is always tried first.
+        factors: positive; the whole range is always tried first. By default `FACTORS`, of 8 bits the widest alone: to clip never helps.
 
     Raises:
         ValueError, ModelError: as `rtn`; a factor is not positive.
@@ -82,6 +85,7 @@ def search(
     """
     check_scheme(bits, block)
     W = check_weights(W)
+    factors = factors or (FACTORS[:_WIDE] if bits >= _FINE else FACTORS)
     if not all(factor > 0 for factor in factors):
         raise ValueError(f"factors {list(factors)} are not all above 0")
     power = check_power(power, W.shape[1])

@@ -23,12 +23,16 @@ KINDS = {".npz": ".npz", ".npy": ".npy", ".txt": "text"} | dict.fromkeys(SUFFIXE
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How to read a source: the first `samples` of it (None: all), images and text so."""
+    """How to read a source: the first `samples` of it (None: all), images and text so.
+
+    With `pack`, a text is not read line by line: all lines together are cut into samples of `max_tokens`.
+    """
 
     samples: int | None = None
     image: ImageOptions = field(default_factory=ImageOptions)
     tokenizer: Path | None = None
     max_tokens: int = 128
+    pack: bool = False
 
 
 class Data:
@@ -125,7 +129,7 @@ def _from_path(
     ((kind, files),) = kinds.items()
     description = f"{len(files)} {kind} file{'s' * (len(files) > 1)} of {path}"
     if kind == "text":
-        texts = open_texts(path, inputs, options.tokenizer, options.max_tokens)
+        texts = open_texts(path, inputs, options.tokenizer, options.max_tokens, pack=options.pack)
         return Source(str(path), texts.samples, texts.count, texts.notes)
     if kind == "image":
         spec = only_input(inputs, description)

@@ -1,4 +1,4 @@
-"""Text as calibration data: one sample a line, as the token inputs of a language model."""
+"""Text as calibration data, as the token inputs of a language model: one sample a line, or all lines cut into equal samples."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PADS = ("[PAD]", "<pad>", "<|endoftext|>", "</s>")
 
 @dataclass(frozen=True)
 class Texts:
-    """Each line of a text file that is not blank, as feeds of batch 1.
+    """Each line of a text file that is not blank, or if `pack` each run of `limit` tokens, as feeds of batch 1.
 
     `length` is the number of tokens that the model fixes, None if any will do; `past` the shapes of
     the empty caches.
@@ -38,6 +38,7 @@ class Texts:
     limit: int
     past: dict[str, tuple[int, ...]]
     notes: tuple[str, ...]
+    pack: bool = False
 
     def samples(self) -> Iterator[tuple[str, object]]:
         """Feeds with their places; ids int64 (1, tokens), other arrays to go with them.
@@ -45,17 +46,35 @@ class Texts:
         Raises:
             DataError: the file is not UTF-8, or a line has no tokens.
         """
+        if self.pack:
+            for where, ids in self._runs():
+                yield where, self._feed(ids)
+            return
         for number, text in _lines(self.path):
             where = f"{self.path} (line {number})"
-            yield where, self._feed(self._encode(text, where))
+            yield where, self._feed(self._encode(text, where)[: self.limit])
 
     def count(self) -> int:
-        """Number of lines that are not blank."""
-        return sum(1 for _ in _lines(self.path))
+        """Number of lines that are not blank, or of runs."""
+        return sum(1 for _ in (self._runs() if self.pack else _lines(self.path)))
+
+    def _runs(self) -> Iterator[tuple[str, list[int]]]:
+        """Tokens of all lines, `limit` at a time; what is left at the end counts where there is nothing else."""
+        waiting: list[int] = []
+        first, some = 1, False
+        for number, text in _lines(self.path):
+            where = f"{self.path} (line {number})"
+            first = first if waiting else number
+            waiting += self._encode(text + "\n", where)
+            while len(waiting) >= self.limit:
+                yield f"{self.path} (lines {first} to {number})", waiting[: self.limit]
+                waiting, first, some = waiting[self.limit :], number, True
+        if waiting and not some:
+            yield str(self.path), waiting
 
     def _encode(self, text: str, where: str) -> list[int]:
         try:
-            ids: list[int] = self.tokenizer.encode(text).ids[: self.limit]
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=not self.pack).ids
         except Exception as error:  # the Rust side has no narrower class
             raise DataError(f"{where} cannot be tokenized ({error}): correct the line.") from error
         if not ids:
@@ -83,9 +102,16 @@ class Texts:
 
 
 def open_texts(
-    path: Path, inputs: Sequence[InputSpec], tokenizer: Path | None, max_tokens: int
+    path: Path,
+    inputs: Sequence[InputSpec],
+    tokenizer: Path | None,
+    max_tokens: int,
+    *,
+    pack: bool = False,
 ) -> Texts:
     """The lines of `path` for the token inputs of the model; the lines are not read yet.
+
+    With `pack` they are read as one text, without the tokens that a tokenizer adds to each.
 
     Raises:
         RecipeError: there is no tokenizer, or `max_tokens` is below 1.
@@ -108,11 +134,16 @@ def open_texts(
     length = _length(used)
     limit = min(length or max_tokens, max_tokens)
     notes = [f"lines are cut to {limit} tokens: set --max-tokens to change that."]
+    if pack:
+        notes = [
+            f"all lines are one text, in samples of {limit} tokens: set --max-tokens to change that."
+        ]
     if length is not None:
         notes.append(f"lines are padded to the {length} tokens that the input shape fixes.")
     if past:
         notes.append(f"the {len(past)} cache inputs are empty, as at the start of a text.")
-    return Texts(path, _load(tokenizer, limit), used, length, limit, past, tuple(notes))
+    encoder = _load(tokenizer, None if pack else limit)
+    return Texts(path, encoder, used, length, limit, past, tuple(notes), pack)
 
 
 def _past(spec: InputSpec) -> tuple[int, ...] | None:
@@ -143,7 +174,7 @@ def _length(inputs: Sequence[InputSpec]) -> int | None:
     return None
 
 
-def _load(path: Path, limit: int) -> Tokenizer:
+def _load(path: Path, limit: int | None) -> Tokenizer:
     from tokenizers import Tokenizer  # noqa: PLC0415 -- slow to import, rarely needed
 
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -154,7 +185,10 @@ def _load(path: Path, limit: int) -> Tokenizer:
             f"{file} is no tokenizer that can be read ({error}): give a tokenizer.json."
         ) from error
     tokenizer.no_padding()  # the file may ask for both, for training
-    tokenizer.enable_truncation(limit)
+    if limit is None:
+        tokenizer.no_truncation()
+    else:
+        tokenizer.enable_truncation(limit)
     return tokenizer
 
 

@@ -16,7 +16,7 @@ from qcompile.keep import match_patterns
 from qcompile.recipe import Recipe
 
 _WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum", "LSTM", "GRU", "RNN")
-TABLE_BITS = 8  # of heads that are the table of embeddings as well, unless a pattern says otherwise
+TABLE_BITS = 8  # of heads that are the table of embeddings as well, and of portable tables, unless a pattern says otherwise
 _LEAST = 1 << 12  # weights: a smaller matrix costs more in kernels than it saves
 
 
@@ -79,7 +79,8 @@ def assign(model: ir.Model, recipe: Recipe, original: ir.Model) -> Assignment:
             left.append((item, reason))
             continue
         assert item.weight is not None
-        usual = recipe.bits if item.weight.key not in tied else max(recipe.bits, TABLE_BITS)
+        whole = item.weight.key in tied or (item.kind == "gather" and recipe.format == "qdq")
+        usual = max(recipe.bits, TABLE_BITS) if whole else recipe.bits
         bits = asked.get(item.name, usual)
         chosen.append((item, Scheme(bits, recipe.usual_block, recipe.symmetric)))
     return Assignment(tuple(_shared(chosen)), tuple(left))

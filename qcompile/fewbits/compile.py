@@ -19,6 +19,7 @@ from qcompile.decode import IDS, one_more
 from qcompile.errors import RecipeError
 from qcompile.fewbits.assign import Assignment, assign, others
 from qcompile.fewbits.fit import bytes_before, fit, too_large
+from qcompile.fewbits.forms import LEVEL, form_of, options_of, raised
 from qcompile.fewbits.scales import AWQ, find_scales
 from qcompile.fewbits.sequential import Found, solve_in_order, solve_plain, tally
 from qcompile.finish import latency_rows, peak_rss
@@ -31,8 +32,9 @@ from qcompile.kv_session import open_session
 from qcompile.opened import Opened
 from qcompile.progress import Progress
 from qcompile.provenance import describe, describe_data
+from qcompile.recipe import Recipe
 from qcompile.report import GOOD, INACCURATE, NOT_FASTER, Result, write_report
-from qcompile.run.session import Feed, Options, Session
+from qcompile.run.session import Feed, Session
 from qcompile.search import timing_feeds
 from qcompile.solve.smoothing import Smoothing
 from qcompile.step import run_pass
@@ -40,6 +42,7 @@ from qcompile.verify.compare import Comparison
 from qcompile.verify.kernels import optimized
 
 _SAMPLES = 64  # calibration feeds that choose codes
+_TOKENS = 1 << 14  # of texts, in all of these; of a third more, SmolLM2 has 2 % less divergence
 _SCALED = 16  # calibration feeds that choose scales of inputs
 _JUDGES = 8  # held-out feeds that judge them
 _COMPARED = 4  # held-out feeds that the whole model is compared on: logits are large
@@ -70,6 +73,7 @@ def compile_weights(
         LimitError: `max_size` or `bits_per_weight` is less than any result has.
         OutputError: the result cannot be written.
     """
+    form = form_of(opened.recipe)
     assignment = assign(opened.prepared, opened.recipe, opened.original)
     prepared = opened.prepared
     scales = _scales(opened, assignment, show)
@@ -78,17 +82,17 @@ def compile_weights(
         run_pass(SmoothLinear(scales), prepared)
         assignment = assign(prepared, opened.recipe, opened.original)
     if opened.recipe.shares_bits and assignment.chosen:
-        assignment = fit(opened, prepared, assignment, "nbits", show).assignment
+        assignment = fit(opened, prepared, assignment, form, show).assignment
     found = _solve(opened, prepared, assignment, show) if assignment.chosen else {}
-    model = prepared.clone()
+    model = raised(prepared.clone(), opened.recipe, [scheme for _, scheme in assignment.chosen])
     weights = {name: blocked for name, (blocked, _) in found.items()}
-    outcome = run_pass(LowerNbits(weights, accuracy_level=opened.recipe.accuracy_level), model)
+    outcome = run_pass(LowerNbits(weights, form, opened.recipe.accuracy_level), model)
     restore(model, documentation(prepared))
     release(opened.original)  # and with it what was read of the prepared graph, to be solved
     with show.stage("loading the result"):
         session = opened.session  # of the same weights, and large
         if not opened.recipe.keeps_weights:
-            session = Session(model, Options("all", threads=opened.recipe.threads))
+            session = Session(model, options_of(opened.recipe))
     kv = None
     if opened.recipe.kv_cache is not None:
         kv = apply_kv_cache(opened, model, session, show)
@@ -96,8 +100,7 @@ def compile_weights(
     with show.stage("verifying"):
         reference = opened.reference()
         deployed = reference.compare(session, _COMPARED)
-        off = Options("off", threads=opened.recipe.threads)
-        exact = reference.compare(open_session(model, off), 1)
+        exact = reference.compare(open_session(model, options_of(opened.recipe, "off")), 1)
         verdicts = _verdicts(model, weights, opened)
         feeds = latency_rows(opened, session, _one_token(opened))
     _describe(model, opened)
@@ -160,6 +163,13 @@ def _judges(samples: Judges) -> list[Feed]:
     return [feed for feed, _ in zip(samples.held_out(), range(_JUDGES), strict=False)]
 
 
+def _texts(samples: Judges) -> list[Feed]:
+    """Feeds that choose codes: as many as minutes allow for."""
+    feeds = samples.few(_SAMPLES)
+    tokens = sum(np.size(feed[IDS]) for feed in feeds if IDS in feed)
+    return feeds if tokens <= _TOKENS else samples.few(max(len(feeds) * _TOKENS // tokens, 1))
+
+
 def _solve(opened: Opened, prepared: ir.Model, assignment: Assignment, show: Progress) -> Found:
     """Codes of all matrices: by what they compute where there is data, else by themselves."""
     chosen, recipe = assignment.chosen, opened.recipe
@@ -168,7 +178,7 @@ def _solve(opened: Opened, prepared: ir.Model, assignment: Assignment, show: Pro
         if samples is None:
             return solve_plain(chosen, recipe.algorithm, lambda: step(1, None))
         return solve_in_order(
-            prepared, chosen, samples.few(_SAMPLES), _judges(samples), opened.facts, recipe,
+            prepared, chosen, _texts(samples), _judges(samples), opened.facts, recipe,
             lambda: step(1, None),
         )  # fmt: skip
 
@@ -177,7 +187,7 @@ def _verdicts(
     model: ir.Model, weights: Mapping[str, Any], opened: Opened
 ) -> tuple[list[dict[str, str]], Counter[str]]:
     """What the optimized graph runs for each matrix, and its operators."""
-    graph = optimized(model, Options("all", threads=opened.recipe.threads))
+    graph = optimized(model, options_of(opened.recipe))
     kernels: dict[str, str] = {}
     counts: Counter[str] = Counter()
     for scope in graphs(graph):
@@ -189,7 +199,11 @@ def _verdicts(
     rows = []
     for name in weights:
         kernel = kernels.get(name, "")
-        good = kernel in _KERNELS
+        if (
+            kernels.get(f"{name}_q") == "Gather"
+        ):  # a portable table: codes are looked up, and multiplied
+            kernel = "Gather"
+        good = kernel in (*_KERNELS, "Gather")
         rows.append(
             {"node": name, "op": kernel, "form": "weight", "verdict": "integer" if good else "float",
              "kernel": kernel, "why": "" if good else "no kernel for weights of a few bits runs it"}
@@ -273,7 +287,7 @@ def _result(
         code, warnings = INACCURATE, [large, *warnings]
     return Result(
         model=None if opened.path is None else str(opened.path), output=None if place is None else str(place),
-        target=opened.target.name, recipe=recipe.name, format="qdq" if recipe.keeps_weights else "nbits", ranges="none",
+        target=opened.target.name, recipe=recipe.name, format=_format(recipe), ranges="none",
         seconds=time.perf_counter() - start, peak_rss_mb=peak_rss(),
         size_mb={"before": size / 1e6, "after": after / 1e6},
         latency={"fp32_ms": worst["fp32_ms"], "result_ms": worst["result_ms"], "speedup": worst["speedup"], "feeds": feeds},
@@ -294,6 +308,10 @@ def _result(
     )  # fmt: skip
 
 
+def _format(recipe: Recipe) -> str:
+    return "qdq" if recipe.keeps_weights or form_of(recipe) == "portable" else "nbits"
+
+
 def _notes(found: Found, level: int, opened: Opened) -> list[str]:
     if not found:
         return []
@@ -309,5 +327,10 @@ def _notes(found: Found, level: int, opened: Opened) -> list[str]:
             "activations are rounded to 8 bits by blocks."
             if level == 4
             else "activations stay float."
+        )
+        + (
+            f" ORT makes it of the portable format, at level 4 unless a session's configuration has another {LEVEL}."
+            if form_of(opened.recipe) == "portable"
+            else ""
         ),
     ]

@@ -8,6 +8,7 @@ import onnx_ir as ir
 from passes.lower_nbits import Form
 from qcompile.fewbits.assign import Assignment, asked_bits
 from qcompile.fewbits.damage import costs_of_weights
+from qcompile.fewbits.forms import raised
 from qcompile.fewbits.share import Shares, check_room, matrices, room, share
 from qcompile.fewbits.size import other_bytes
 from qcompile.fewbits.sweep import measured_costs
@@ -43,7 +44,9 @@ def fit(
     before = bytes_before(opened)
     others = 0
     if recipe.size_limit is not None:
-        others = other_bytes(prepared, assignment.chosen, form)
+        schemes = [scheme for one in found for scheme in one.schemes]
+        high = raised(prepared.clone(), recipe, schemes) if form == "portable" else prepared
+        others = other_bytes(high, assignment.chosen, form)
     limit = room(recipe, found, before, others)
     check_room(recipe, found, limit, others)
     with show.stage("measuring matrices") as step:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from qcompile.errors import RecipeError
+from qcompile.fewbits.forms import form_of
 from qcompile.finish import peak_rss
 from qcompile.graph import io
 from qcompile.progress import Progress
@@ -40,6 +41,11 @@ def compile_large(
         raise RecipeError(
             f"{model} has more than {io.EXTERNAL_BYTES / 1e9:.1f} GB and is not run here, and --kv-cache takes its "
             "scales from runs: leave it out."
+        )
+    if form_of(recipe) == "portable":
+        raise RecipeError(
+            f"{model} has more than {io.EXTERNAL_BYTES / 1e9:.1f} GB and is rounded file to file, for operators of ONNX Runtime: "
+            "leave out --format qdq."
         )
     if recipe.shares_bits:
         raise RecipeError(

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
+from threadpoolctl import threadpool_limits
 
 from passes.lower_nbits import LowerNbits
 from qcompile.algo.blocks import Blocked
@@ -316,7 +317,8 @@ class _Sweep:
                     W, schemes, self._recipe.algorithm, factors.get(taps[item.name]), judge
                 )
 
-        with ThreadPoolExecutor(self._recipe.threads or os.cpu_count() or 1) as pool:
+        workers = self._recipe.threads or os.cpu_count() or 1
+        with threadpool_limits(1, "blas"), ThreadPoolExecutor(workers) as pool:
             list(pool.map(one, items))
 
     def _moments(

@@ -117,3 +117,9 @@ def test_power_is_made_relative() -> None:
             check_power(wrong, 2)
     with pytest.raises(ValueError, match=r"not \(3,\)"):
         check_power(np.ones(2), 3)
+
+
+def test_some_rows() -> None:
+    whole = rtn(weights(0, 8, 64), bits=4, block=16, symmetric=False)
+    for which in (slice(2, 5), np.array([7, 0])):
+        np.testing.assert_array_equal(whole.rows(which).dequantize(), whole.dequantize()[which])

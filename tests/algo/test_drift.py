@@ -106,6 +106,38 @@ def test_nan_is_refused() -> None:
         aim(weights(0, 8, 32), drift(x, z))
 
 
+def test_sums_that_are_nearly_definite_are_damped_more() -> None:
+    """Sums in float32 of inputs that depend on each other leave negative eigenvalues, larger than the least damping."""
+    W, (x, z) = weights(0, 8, 32), changed(0, 100, 32)
+    z[:, 1] = z[:, 0]
+    whole = drift(x, z)
+    off = whole.H.copy()
+    off[0, 1] = off[1, 0] = off[0, 0] * 1.05
+    made, share = aim(W, Drift(off, whole.cross, whole.off))
+    assert np.isfinite(made).all()
+    assert share > 0
+
+
+def test_what_is_no_second_moment_is_refused() -> None:
+    x, z = changed(0, 100, 32)
+    whole = drift(x, z)
+    with pytest.raises(DataError, match="not positive semidefinite: calibrate again"):
+        aim(weights(0, 8, 32), Drift(whole.H - 40 * np.ones((32, 32)) * whole.H.max(), whole.cross))
+
+
+def test_damping_and_share_hardly_depend_on_the_rows_that_choose_it() -> None:
+    """The damping is chosen by some rows of many; all rows at once are as good."""
+    W, few, other = weights(0, 400, 64), drift(*changed(0, 90, 64)), drift(*changed(1, 5000, 64))
+    made, _ = aim(W, few, other)
+    slow = min(
+        (W + s * way, other.error(W, W + s * way))[1]
+        for damp in (0.001, 0.01, 0.1)
+        for way in [np.linalg.solve(few.H + damp * np.eye(64) * np.diag(few.H).mean(), (W @ few.cross).T).T]
+        for s in np.linspace(0, 1, 51)
+    )  # fmt: skip
+    assert other.error(W, made) <= slow * 1.001
+
+
 def test_errors_need_all_moments() -> None:
     x, z = changed(0, 100, 32)
     whole = drift(x, z)

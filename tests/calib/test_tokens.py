@@ -46,10 +46,15 @@ IDS = spec("input_ids")
 
 
 def opened(
-    folder: Path, *inputs: InputSpec, text: str = "a b c\n", max_tokens: int = 128, **kind: bool
+    folder: Path,
+    *inputs: InputSpec,
+    text: str = "a b c\n",
+    max_tokens: int = 128,
+    pack: bool = False,
+    **kind: bool,
 ) -> Data:
     (folder / "text.txt").write_text(text, encoding="utf-8")
-    options = DataOptions(tokenizer=made(folder, **kind), max_tokens=max_tokens)
+    options = DataOptions(tokenizer=made(folder, **kind), max_tokens=max_tokens, pack=pack)
     return open_data(folder / "text.txt", inputs or (IDS,), options)
 
 
@@ -64,6 +69,20 @@ def test_each_line_is_a_sample(tmp_path: Path) -> None:
     assert len(data) == 3
     assert data.description == str(tmp_path / "text.txt")
     assert data.notes == ("lines are cut to 128 tokens: set --max-tokens to change that.",)
+
+
+def test_lines_as_one_text(tmp_path: Path) -> None:
+    """Without the tokens that stand around each line; newlines are what the tokenizer makes of them."""
+    data = opened(tmp_path, text="a b\n\nc a\n" + "b " * 5 + "\nc", max_tokens=4, pack=True)
+    for _ in range(2):
+        found = [feed["input_ids"].tolist() for feed in data]
+        assert found == [[[3, 4, 5, 3]], [[4, 4, 4, 4]]]  # 4 and 5 are left
+    assert len(data) == 2
+    assert data.notes == (
+        "all lines are one text, in samples of 4 tokens: set --max-tokens to change that.",
+    )
+    (short,) = opened(tmp_path, text="a\nb\n", pack=True)
+    assert short["input_ids"].tolist() == [[3, 4]]
 
 
 def test_known_inputs_are_filled_with_their_types(tmp_path: Path) -> None:

@@ -22,11 +22,15 @@ from qcompile.algo.rtn import rtn
 from qcompile.cli import main
 from qcompile.errors import RecipeError
 from qcompile.fewbits import large
+from qcompile.fewbits.assign import Scheme
+from qcompile.fewbits.forms import raised
+from qcompile.fewbits.large import compile_large
 from qcompile.fewbits.streams import even
 from qcompile.graph import io
 from qcompile.graph.digest import digest
 from qcompile.recipe import BUILT_IN, Recipe
 from qcompile.report import GOOD, NOT_FASTER, Result
+from qcompile.run.session import Options, Session
 
 Array = NDArray[Any]
 INT4 = dataclasses.replace(BUILT_IN["int4"], bench_seconds=0.05)
@@ -132,6 +136,53 @@ def test_int8_weights(tmp_path: Path) -> None:
     assert set(bits(made).values()) == {8}
     assert result.worst_db is not None
     assert result.worst_db > 35
+
+
+def test_the_portable_format(tmp_path: Path) -> None:
+    """Operators of ONNX alone, of which ORT makes the same kernels: not where a Relu follows, which is said."""
+    portable = dataclasses.replace(INT4, format="qdq", accuracy_level=0, threads=1)
+    result, model = compiled(tmp_path, portable, texts())
+    assert {(entry.domain, entry.version) for entry in model.opset_import} == {("", 21)}
+    assert result.format == "qdq"
+    assert {node.domain for node in model.graph.node} == {""}
+    codes = {i.data_type for i in model.graph.initializer if i.name.endswith(("_q", "_q_1"))}
+    assert codes == {onnx.TensorProto.UINT4, onnx.TensorProto.UINT8}  # the table has 8 bits
+    found = {row["node"]: row["kernel"] for row in result.kernels["nodes"]}
+    assert found == {
+        "up0": "MatMul", "down0": "MatMulNBits", "up1": "MatMul", "down1": "MatMulNBits", "head": "MatMulNBits", "Gather:e": "Gather",
+    }  # fmt: skip
+    assert [w for w in result.warnings if w.startswith("up0 runs as MatMul: ")]
+    _, other = compiled(
+        tmp_path, dataclasses.replace(portable, format="auto"), texts(), output=tmp_path / "b.onnx"
+    )
+    session, theirs = (Session(ir.from_proto(m), Options("off")) for m in (model, other))
+    for feed in texts(3):
+        np.testing.assert_allclose(session.run(feed)[0], theirs.run(feed)[0], rtol=1e-3, atol=1e-3)
+
+
+def test_the_portable_format_of_two_bits_and_of_a_size(tmp_path: Path) -> None:
+    portable = dataclasses.replace(INT4, format="qdq", threads=1)
+    _, model = compiled(tmp_path, dataclasses.replace(portable, bits=2), texts())
+    assert model.opset_import[0].version == 25
+    small = dataclasses.replace(portable, max_size="0.12MB")
+    result, _ = compiled(tmp_path, small, texts())
+    assert 0.1 < result.size_mb["after"] <= 0.12
+
+
+def test_the_portable_format_of_a_large_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    portable = dataclasses.replace(INT4, format="qdq")
+    monkeypatch.setattr("qcompile.fewbits.forms.io.EXTERNAL_BYTES", 1000)
+    model = ir.from_proto(language())
+    scheme = Scheme(4, 32, symmetric=False)
+    with pytest.raises(
+        RecipeError, match=r"needs opset 21, the model has \d+, and is too large to be raised"
+    ):
+        raised(model, portable, [scheme])
+    assert raised(model, INT4, [scheme]) is model
+    with pytest.raises(RecipeError, match="for operators of ONNX Runtime: leave out --format qdq"):
+        compile_large(Path("m.onnx"), tmp_path / "o.onnx", portable, None, 0.0, None, data=False)  # type: ignore[arg-type]
 
 
 def test_the_report(tmp_path: Path) -> None:

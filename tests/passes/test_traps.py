@@ -51,6 +51,14 @@ CELLS = {
         "m = Reshape(x, s) p = Transpose<perm = [1, 0, 2]>(m) q = Reshape(p, r) n = Gather(q, i) t = Mul(n, w)",
         "m", "2,2,4", "w",
     ),
+    "fold_shapes": Cell(
+        "2,2", "2,2", "float[2,2] w = {1, 2, 3, 4}", "m = Mul(x, w) s = Shape(m) t = Reshape(m, s)", "m", "2,2", "w",
+    ),
+    "group_heads": Cell(
+        "1,1,2,2", SQUARE, "int64[1] a = {2}, int64[5] e = {1, 1, 2, 2, 2}, int64[4] r = {1, 2, 2, 2}, float w = {2}",
+        "c = Concat<axis = 1>(x, x) m = Mul(c, w) u = Unsqueeze(x, a) v = Expand(u, e) k = Reshape(v, r) t = MatMul(m, k)",
+        "m", SQUARE, "w",
+    ),
     "pool_to_conv": Cell(
         SQUARE, SQUARE, "float[2,2,1,1] w = {1, 2, 3, 4}",
         "m = Conv(x, w) t = AveragePool<kernel_shape = [1, 1]>(m)", "m", SQUARE, "w",

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from numpy.typing import NDArray
 
+from qcompile.verify import metrics
 from qcompile.verify.metrics import Error, Part, divergence
 
 Array = NDArray[Any]
@@ -31,6 +32,24 @@ def noisy(
     rng = np.random.default_rng(seed)
     y = rng.normal(size=shape).astype(F32)
     return y, (y + rng.normal(size=shape) * noise).astype(F32)
+
+
+@pytest.mark.parametrize("decides", ["", "logits"])
+def test_pieces_of_a_large_output_are_the_whole(
+    monkeypatch: pytest.MonkeyPatch, decides: Any
+) -> None:
+    y, z = noisy(shape=(3, 7, 10))
+    z[2, 4, 1], y[0, 0, 0] = np.nan, np.inf
+    part = Part("all", decides=decides)
+    whole = error((y, z), part=part)
+    monkeypatch.setattr(metrics, "_AT_ONCE", 25)  # 2 rows
+    pieces = error((y, z), part=part)
+    assert (pieces.bad, pieces.same, pieces.decisions, pieces.count) == (1, whole.same, 21, 210)
+    assert len(pieces.samples) == 1
+    assert pieces.sqnr_db == pytest.approx(whole.sqnr_db)
+    assert pieces.cosine == pytest.approx(whole.cosine)
+    assert pieces.largest == whole.largest
+    assert pieces.lost == pytest.approx(whole.lost)
 
 
 # ---- floats

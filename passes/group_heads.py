@@ -28,7 +28,7 @@ from qcompile.graph.edit import (
     replace,
     sole_user,
 )
-from qcompile.graph.symbols import Known, Symbol
+from qcompile.graph.symbols import Known, Symbol, find
 from qcompile.step import Outcome, Pass
 
 _RANK = 4
@@ -87,7 +87,14 @@ def _repeated(
     g = copies[2]
     if isinstance(h, Symbol) or isinstance(g, Symbol):
         return None
-    as_expected = copies == (batch, h, g, s, d) and flat == (batch, h * g, s, d)
+    as_expected = copies == (batch, h, g, s, d) and len(flat) == _RANK
+    as_expected &= (flat[0], flat[1], flat[3]) == (batch, h * g, d)
+    long = known.shapes[merged.outputs[0]][2]
+    if isinstance(long, Symbol) and long.copied is not None:
+        long = (
+            long.copied
+        )  # or that is 0, and the Reshape would copy a size that does not fit: it fails
+    as_expected &= find(long) == s
     return (value, swap, (h, h * g)) if as_expected else None
 
 
@@ -97,7 +104,7 @@ def _rewrite(
     """The product with the heads themselves; `counts`: of these, and of what was read."""
     rows, own = node.inputs[0], node.name or node.op_type
     assert rows is not None
-    apart, together = (_shape(graph, names, (0, count, -1, 0)) for count in counts)
+    apart, together = _shapes(graph, names, node, rows, counts)
     right = heads
     if swap is not None:
         right = add_node(
@@ -136,7 +143,27 @@ def _scaled(node: ir.Node) -> ir.Value:
         node = user
 
 
-def _shape(graph: ir.Graph, names: Names, sizes: tuple[int, ...]) -> ir.Value:
-    return add_initializer(
-        graph, names, "sizes_" + "x".join(map(str, sizes)), np.array(sizes, np.int64)
-    )
+def _shapes(
+    graph: ir.Graph, names: Names, node: ir.Node, rows: ir.Value, counts: tuple[int, int]
+) -> tuple[ir.Value, ir.Value]:
+    """(0, h, g t, 0) and (0, h g, t, 0) for rows (b, h g, t, d); 0 copies. No -1, which ORT refuses of what is empty."""
+    (heads, count), own = counts, node.name or node.op_type
+
+    def constant(*values: int) -> ir.Value:
+        wish = "sizes_" + "x".join(map(str, values))
+        return add_initializer(graph, names, wish, np.array(values, np.int64))
+
+    def add(op_type: str, inputs: list[ir.Value], what: str) -> ir.Value:
+        made = add_node(
+            names, op_type, inputs, before=node, name=f"{own}_{what}", output=f"{own}_{what}",
+            attributes={"axis": 0} if op_type in ("Gather", "Concat") else None,
+        ).outputs[0]  # fmt: skip
+        made.type = ir.TensorType(ir.DataType.INT64)
+        return made
+
+    t = add("Gather", [add("Shape", [rows], "shape"), constant(2)], "rows")
+    all_rows = add("Mul", [t, constant(count // heads)], "rows_of_group")
+    last = constant(0)
+    apart = add("Concat", [constant(0, heads), all_rows, last], "groups")
+    together = add("Concat", [constant(0, count), t, last], "heads")
+    return apart, together

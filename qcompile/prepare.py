@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 PASSES: Sequence[Pass] = (
     NameNodes(), InlineIf(), FoldConstants(), DropIdentity(), FoldBatchnorm(), FoldAffine(), FuseHardSwish(), FoldGate(), FoldShuffle(),
-    PoolToConv(), FoldShapes(), GroupHeads(),
+    PoolToConv(), GroupHeads(), FoldShapes(),
 )  # fmt: skip
 
 

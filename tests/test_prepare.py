@@ -72,6 +72,14 @@ def test_functions_are_inlined() -> None:
     assert len({node.name for node in after.graph}) == 4
 
 
+def test_functions_of_another_opset_are_refused() -> None:
+    text = """<ir_version: 9, opset_import: ["" : 17, "local" : 1]>
+        g (float[5,4] x) => (float[5,4] y) { y = local.R(x) }
+        <domain: "local", opset_import: ["" : 11]> R (a) => (c) { c = Relu(a) }"""
+    with pytest.raises(ModelError, match="the functions of the model cannot be expanded: "):
+        prepare(ir.from_proto(onnx.parser.parse_model(text)))
+
+
 def test_every_kind_of_constant_becomes_an_initializer() -> None:
     model = parse(
         "g (float[2] x, int64[2] i) => (float[2] y, int64[2] j) { a = Constant<value_float = 2.0>() b = Constant<value_floats = [1.0, 3.0]>() "

@@ -130,3 +130,12 @@ def test_layers_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     found = check_layers(io.load(tmp_path / "m.onnx"), layers, 3)
     assert found == check_layers(model, layers, 3)
     assert all(isinstance(check, SpotCheck) for check in found)
+
+
+def test_codes_that_a_caller_may_change_are_refused() -> None:
+    model, layers = both()
+    codes = next(node for node in model.graph if node.name == "product").inputs[1]
+    assert codes is not None
+    model.graph.inputs.append(codes)
+    with pytest.raises(PassError, match=r"product.* reads codes that are not constant"):
+        check_layers(model, layers, 8)

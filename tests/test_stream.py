@@ -26,7 +26,7 @@ from qcompile.graph.linear import find_linears
 from qcompile.resident import anonymous_bytes
 from qcompile.run.session import Session
 from qcompile.solve import slabs
-from qcompile.step import run_pass
+from qcompile.step import Outcome, run_pass
 from qcompile.stream import StreamSettings, quantize_large
 
 IDS = {"ids": np.arange(6).reshape(2, 3) % SMALL.vocab}
@@ -307,6 +307,28 @@ def test_a_result_that_is_off_is_not_kept(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(stream, "round_stored", wrong)
     assert "these should agree" in refused(path, None, PassError)
+
+
+def test_a_node_that_the_pass_leaves_ends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = llama(tmp_path / "m.onnx")
+    true = LowerNbits.apply
+
+    def leaves(self: LowerNbits, model: ir.Model) -> Outcome:
+        made = true(self, model)
+        return dataclasses.replace(made, skipped={next(iter(self.weights)): "of a reason"})
+
+    monkeypatch.setattr(LowerNbits, "apply", leaves)
+    assert refused(path, None, PassError).endswith("was to be rounded: of a reason.")
+
+
+def test_a_result_that_is_no_model_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = llama(tmp_path / "m.onnx")
+    monkeypatch.setattr(io, "check_file", lambda _: "a node reads nothing")
+    assert refused(path, None, PassError) == "the result is not valid: a node reads nothing."
 
 
 _CHILD = """

@@ -108,6 +108,8 @@ def test_own_file(tmp_path: Path) -> None:
         (BASE + "op = [{type = 'Conv', kernel = 'K', role = 'con'}]", "'op[0].role' is 'con', not one of conv, "),
         (BASE + "op = [{type = 'C', kernel = 'K', role = 'conv', int8 = {mak = 1}}]", "unknown key 'op[0].int8.mak'. Did you mean 'mac'?"),
         (BASE + "op = [{type = 'C', kernel = 'K', role = 'conv', int8 = {mac = 'a'}}]", "'op[0].int8.mac' is 'a', expected a number."),
+        (BASE + "refused = 3", "'refused' is 3, expected a table."),
+        (BASE + "op = [{type = 'C', kernel = 'K', role = 'conv', int8 = {mac = 1" + "0" * 400 + "}}]", "which is too large."),
         (BASE + "refused = {Conv = 1}", "'refused.Conv' is 1, expected text."),
     ],
 )  # fmt: skip

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import onnx_ir as ir
 
 from qcompile.graph.edit import array, attribute, ints, is_op
-from qcompile.graph.symbols import Known, Numbers, Size, Sizes, Symbol, find, found
+from qcompile.graph.symbols import Known, Numbers, Size, Sizes, Symbol, found
 
 _WHOLE = (ir.DataType.INT64, ir.DataType.INT32)
 _FEW = 64  # elements of an integer tensor that may be a shape
@@ -26,7 +26,9 @@ def dims(model: ir.Model) -> Known:
     """
     known = Known()
     for value in model.graph.inputs:
-        if value.shape is not None:  # ORT refuses a feed of other sizes than these
+        if value.shape is not None and len(
+            value.shape
+        ):  # ORT refuses a feed of other sizes than these
             known.shapes[value] = tuple(
                 size if isinstance(size, int) and size > 0 else Symbol() for size in value.shape
             )
@@ -115,15 +117,17 @@ def _reshape(known: Known, node: ir.Node) -> Sizes | None:
     target = known.contents(_at(node, 1))
     if target is None or attribute(node, "allowzero", 0):
         return None
+    if any(isinstance(size, Symbol) and not size.natural for size in target.sizes):
+        return None
     sizes = known.shape(node.inputs[0])
     made: list[Size] = []
     for i, size in enumerate(target.sizes):
-        if isinstance(size, Symbol) and not size.natural:
-            return None
+        there = sizes is None or i < len(sizes)  # what a size of 0 would copy
+        copied = sizes[i] if sizes is not None and there else None
         if size == 0:
-            made.append(sizes[i] if sizes is not None and i < len(sizes) else Symbol())
+            made.append(Symbol() if copied is None else copied)
         else:
-            made.append(size)
+            made.append(known.copy(size, copied) if there else size)
     if -1 in made:
         made[made.index(-1)] = _rest(sizes, [size for size in made if size != -1])
     return tuple(made)
@@ -182,16 +186,20 @@ def _concat(known: Known, node: ir.Node) -> Sizes | None:
     places = _places((attribute(node, "axis", 0),), rank)
     if places is None:
         return None
-    axis = places[0]
+    axis, alike = places[0], len(there) == len(shapes)
     made: list[Size] = []
     for place in range(rank):
         along = [sizes[place] for sizes in there]
-        if place != axis:
-            for size in along[1:]:
-                known.join(along[0], size)
-            made.append(find(along[0]))
-        else:
-            made.append(known.total(along) if len(there) == len(shapes) else Symbol())
+        # ORT leaves out what is empty, whatever its other sizes are: all have to agree before anything is known
+        same = alike and all(size is along[0] or size == along[0] for size in along)
+        made.append(along[0] if same else Symbol())
+    others = all(
+        sizes[place] is made[place] or sizes[place] == made[place]
+        for sizes in there
+        for place in range(rank)
+        if place != axis
+    )
+    made[axis] = known.total([sizes[axis] for sizes in there]) if alike and others else Symbol()
     return tuple(made)
 
 
@@ -233,7 +241,8 @@ def _slice_shape(known: Known, node: ir.Node) -> Sizes | None:
         bounds = [part.sizes[number] if part is not None else None for part in parts[:2]]
         size = made[axis]
         numbers = [v for v in (size, *bounds, step) if isinstance(v, int)]
-        whole = len(numbers) == 4 and (len(parts) < 4 or parts[3] is not None) and numbers[3] != 0
+        # backwards, ORT has other bounds than Python
+        whole = len(numbers) == 4 and (len(parts) < 4 or parts[3] is not None) and numbers[3] > 0
         made[axis] = len(range(*slice(*numbers[1:]).indices(numbers[0]))) if whole else Symbol()
     return tuple(made)
 
@@ -297,7 +306,7 @@ def _part(known: Known, node: ir.Node) -> Numbers | None:
         return None
     numbers = [bound[0] for bound in bounds if bound is not None and len(bound) == 1]
     step = numbers[3] if len(numbers) > 3 else 1
-    if len(numbers) < len(bounds) or step == 0:
+    if len(numbers) < len(bounds) or step <= 0:  # backwards, ORT has other bounds than Python
         return None
     return dataclasses.replace(data, sizes=data.sizes[slice(numbers[0], numbers[1], step)])
 
@@ -334,7 +343,13 @@ def _cast(known: Known, node: ir.Node) -> Numbers | None:
     data, to = known.contents(node.inputs[0]), attribute(node, "to", None)
     if data is None or to not in _WHOLE:
         return None
-    return dataclasses.replace(data, kind=ir.DataType(to))
+    sizes = data.sizes
+    if to == ir.DataType.INT32 and data.kind == ir.DataType.INT64:  # may wrap
+        sizes = tuple(
+            size if isinstance(size, int) or size.length else Symbol(natural=False, length=False)
+            for size in sizes
+        )
+    return dataclasses.replace(data, sizes=sizes, kind=ir.DataType(to))
 
 
 def _fill(known: Known, node: ir.Node) -> Numbers | None:
@@ -356,8 +371,9 @@ def _elementwise(known: Known, node: ir.Node) -> Numbers | None:
     if any(len(operand.sizes) not in (1, count) for operand in there):
         return None
     rows = [o.sizes * (count if len(o.sizes) == 1 else 1) for o in there]
-    made = tuple(known.reckon(node.op_type, *column) for column in zip(*rows, strict=True))
-    kind = ir.DataType.BOOL if is_op(node, "Equal") else there[-1].kind
+    kind = there[-1].kind
+    made = tuple(known.reckon(node.op_type, kind, *column) for column in zip(*rows, strict=True))
+    kind = ir.DataType.BOOL if is_op(node, "Equal") else kind
     return Numbers(made, all(operand.scalar for operand in there), kind)
 
 

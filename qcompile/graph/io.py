@@ -76,6 +76,8 @@ def _from_memory(source: ir.Model | onnx.ModelProto) -> ir.Model:
     where, outside = "the model given", None
     try:
         if isinstance(source, ir.Model):
+            if not _is_sorted(source):
+                raise ModelError(f"the nodes of {where} are not sorted: call model.graph.sort().")
             model = source.clone()
         else:
             model, outside = ir.from_proto(_dense(source)), Path(where)
@@ -115,7 +117,29 @@ def _checked(model: ir.Model, where: str) -> ir.Model:
         raise ModelError(f"{where} has no outputs: there is nothing to compile.")
     if not model.opset_imports:
         raise ModelError(f"{where} names no opset: it is not a valid ONNX model.")
+    if not _is_sorted(model):  # ONNX Runtime sorts by itself
+        try:
+            model.graph.sort()
+        except ValueError as error:
+            raise ModelError(f"{where} is not valid: its nodes wait for each other.") from error
     return model
+
+
+def _is_sorted(model: ir.Model) -> bool:
+    """Whether each node stands behind what it and its bodies read."""
+    for graph in model.graphs():
+        place = {node: i for i, node in enumerate(graph)}
+        for node, i in place.items():
+            bodies = (
+                inner
+                for held in node.attributes.values()
+                if held.type == ir.AttributeType.GRAPH
+                for inner in held.as_graph().all_nodes()
+            )
+            read = (v for each in (node, *bodies) for v in each.inputs if v is not None)
+            if any(place.get(v.producer(), -1) >= i for v in read):  # type: ignore[arg-type]
+                return False
+    return True
 
 
 def _dense(model: onnx.ModelProto) -> onnx.ModelProto:

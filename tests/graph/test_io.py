@@ -385,3 +385,38 @@ def test_a_file_is_checked_where_it_stands(tmp_path: Path) -> None:
     io.save(broken, tmp_path / "n.onnx")
     assert "NoSuchOp" in str(io.check_file(tmp_path / "n.onnx"))
     assert [file.name for file in sorted(tmp_path.iterdir())] == ["m.onnx", "n.onnx"]
+
+
+def unsorted() -> onnx.ModelProto:
+    model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["": 17]>
+        g (float[2,2] x, bool c) => (float[2,2] y) {
+            r = Relu(x) n = Neg(x) s = Sub(r, n)
+            y = If(c) <then_branch = a () => (float[2,2] u) { u = Exp(s) }, else_branch = b () => (float[2,2] v) { v = Neg(s) }> }""")
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    model.graph.node.extend(reversed(nodes))
+    return model
+
+
+def test_nodes_in_any_order_are_sorted(tmp_path: Path) -> None:
+    """ONNX asks for sorted ones, ONNX Runtime takes others."""
+    model = unsorted()
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model.SerializeToString())
+    for found in (io.load(path), io.load(path, mapped=True), io.load(model)):
+        assert [node.op_type for node in found.graph] in (
+            ["Neg", "Relu", "Sub", "If"],
+            ["Relu", "Neg", "Sub", "If"],
+        )
+        found.clone()
+    with pytest.raises(ModelError, match="the nodes of the model given are not sorted"):
+        io.load(ir.from_proto(model))
+
+
+def test_nodes_that_wait_for_each_other(tmp_path: Path) -> None:
+    model = unsorted()
+    model.graph.node[-1].input[0] = "s"  # the Relu
+    path = tmp_path / "m.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(ModelError, match=r"m.onnx is not valid: its nodes wait for each other\."):
+        io.load(path)

@@ -44,11 +44,27 @@ def test_attention_reads_its_heads_once() -> None:
     model, changed = rewritten(text)
     assert changed == ["scores", "context"]
     assert Counter(node.op_type for node in model.graph) == {
-        "Reshape": 4, "Transpose": 1, "MatMul": 2, "Mul": 1, "Softmax": 1,
+        "Reshape": 4, "Transpose": 1, "MatMul": 2, "Mul": 3, "Softmax": 1, "Shape": 2, "Gather": 2, "Concat": 4,
     }  # fmt: skip
-    for sizes in ((2, 3, 5), (1, 1, 9), (1, 4, 1)):
+    for sizes in ((2, 3, 5), (1, 1, 9), (1, 4, 1), (0, 3, 5), (2, 0, 5)):
         assert_close(run(model, feed(*sizes)), run(parse(text), feed(*sizes)))
     assert run_pass(GroupHeads(), model).changed == []
+
+
+def test_no_keys_at_all() -> None:
+    """Sums of nothing are 0; -1 in the shape of what is empty would end the run."""
+    repeat = REPEAT.replace(
+        "r{0} = Concat<axis = 0>(zb{0}, all, zs{0}, size)",
+        "r{0} = Concat<axis = 0>(zb{0}, all, minus, size)",
+    )
+    body = ATTENTION
+    for name in ("k", "v"):
+        body = body.replace(REPEAT.format(name), repeat.format(name))
+    text = f"{HEAD} <{NUMBERS}, int64[1] minus = {{-1}}> {{ {body} }}"
+    model, changed = rewritten(text)
+    assert changed == ["scores", "context"]
+    assert_close(run(model, feed()), run(parse(text), feed()))
+    assert_close(run(model, feed(s=0)), run(parse(text), feed(s=0)))
 
 
 def test_ort_still_merges_scale_and_transpose_with_the_product() -> None:

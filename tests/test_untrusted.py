@@ -70,7 +70,7 @@ REFUSED: dict[str, tuple[Maker, str]] = {
     "ring of functions": (hostile.functions(RING, "f0"), "function 'f0' calls itself"),
     "function of itself": (hostile.functions({"f": ["f"]}, "f"), "function 'f' calls itself"),
     "300 functions deep": (hostile.functions(DEEP, "f0"), "ONNX Runtime refuses m.onnx"),
-    "cycle": (hostile.cyclic, "the graph is not acyclic"),
+    "cycle": (hostile.cyclic, "its nodes wait for each other"),
     "custom operator": (hostile.strange("mine"), "mine:Strange.* is not a registered function/op"),
     "unknown contrib operator": (hostile.strange("com.microsoft"), "is not a registered function/op"),
     "long domain": (hostile.strange("d" * 5000), "ONNX Runtime refuses m.onnx"),

@@ -30,12 +30,34 @@ OURS = {
 }
 _ORT = """
 import sys, onnx
-from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
-made = MatMulNBitsQuantizer(onnx.load(sys.argv[1]), block_size=int(sys.argv[3]), is_symmetric=False, accuracy_level=4)
+import onnxruntime.quantization.matmul_nbits_quantizer as q
+path, place, size, algorithm, data, tokenizer, tokens = sys.argv[1:]
+config = None
+if algorithm == "kquant":
+    config = q.KQuantWeightOnlyQuantConfig()
+if algorithm == "gptq":
+    from pathlib import Path
+    from qcompile.calib.data import DataOptions, open_data
+    from qcompile.inputs import input_specs
+    from qcompile.run.session import Session
+    from qcompile.graph import io
+    options = DataOptions(tokenizer=Path(tokenizer), max_tokens=int(tokens), pack=True) if tokenizer else DataOptions()
+    feeds = list(open_data(data, input_specs(Session(Path(path)), io.load(path, mapped=True)), options))
+    feeds = iter(feeds[:: max(len(feeds) // 16, 1)][:16])
+    class Reader(q.CalibrationDataReader):
+        def get_next(self):
+            return next(feeds, None)
+    config = q.GPTQWeightOnlyQuantConfig(Reader(), block_size=int(size))
+made = q.MatMulNBitsQuantizer(onnx.load(path), block_size=int(size), is_symmetric=False, accuracy_level=4, algo_config=config)
 made.process()
-made.model.save_model_to_file(sys.argv[2], False)
+made.model.save_model_to_file(place, False)
 """
-ORT = {"ort-int4": "32", "ort-int4-g128": "128"}
+ORT = {
+    "ort-int4": ("32", "default"),
+    "ort-int4-g128": ("128", "default"),
+    "ort-kquant": ("32", "kquant"),
+    "ort-gptq": ("32", "gptq"),
+}
 _SCORE = """
 import json, sys
 import numpy as np
@@ -111,7 +133,8 @@ def _row(args: argparse.Namespace, name: str, path: Path) -> dict[str, Any] | No
         if args.tokenizer is not None:
             command += ["--tokenizer", args.tokenizer, "--max-tokens", args.max_tokens, "--pack"]
     else:
-        command = [sys.executable, "-c", _ORT, str(args.model), str(path), ORT[name]]
+        reads = [args.data, args.tokenizer or "", args.max_tokens]
+        command = [sys.executable, "-c", _ORT, str(args.model), str(path), *ORT[name], *reads]
     done = measured(command, limit=900)
     if not path.exists():
         print(

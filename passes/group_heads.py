@@ -42,7 +42,7 @@ class GroupHeads(Pass):
     name: ClassVar[str] = "group_heads"
 
     def apply(self, model: ir.Model) -> Outcome:
-        """Skipped: repeated heads that other operators read than the second operand of a product."""
+        """Skipped: products with repeated heads whose other operand is not known to have as many."""
         outcome, names = Outcome(), Names(model)
         known = dims(model)
         for node in list(nodes(model)):
@@ -91,9 +91,7 @@ def _repeated(
     as_expected &= (flat[0], flat[1], flat[3]) == (batch, h * g, d)
     long = known.shapes[merged.outputs[0]][2]
     if isinstance(long, Symbol) and long.copied is not None:
-        long = (
-            long.copied
-        )  # or that is 0, and the Reshape would copy a size that does not fit: it fails
+        long = long.copied  # or that is 0, and g, which is copied then, does not fit: the run fails
     as_expected &= find(long) == s
     return (value, swap, (h, h * g)) if as_expected else None
 

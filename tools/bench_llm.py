@@ -160,7 +160,10 @@ def _score(args: argparse.Namespace, path: Path) -> float:
         [sys.executable, "-c", _SCORE, str(args.eval), args.task, str(path), str(args.windows)],
         limit=1800,
     )
-    return float(done.json()["value"])
+    answer = done.json()
+    if "value" not in answer:
+        raise SystemExit(f"{path.name} was not scored: {done.why()}")
+    return float(answer["value"])
 
 
 def _table(args: argparse.Namespace, rows: list[dict[str, Any]], folder: Path) -> str:

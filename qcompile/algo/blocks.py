@@ -89,6 +89,11 @@ class Blocked:
         return off
 
 
+def some(count: int, most: int) -> npt.NDArray[np.int64]:
+    """Return numbers of rows, `most` of them at most, spread evenly over `count`, the first and the last one included."""
+    return np.unique(np.linspace(0, count - 1, min(most, count)).astype(np.int64))
+
+
 def width(depth: int, block: int | None) -> int:
     """How many of `depth` consecutive weights share a scale, at least 1."""
     return max(min(block or depth, depth), 1)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.algo.blocks import Blocked, check_weights, error
+from qcompile.algo.blocks import Blocked, check_weights, error, some
 from qcompile.algo.columns import ScaleType
 from qcompile.algo.drift import Drift, Wanted, aim
 from qcompile.algo.gptq import Factor, gptq, prepare
@@ -32,13 +32,11 @@ SECOND = ("gptq", "gptq-order", "gptq-polish", "gptq-firm")
 """Algorithms that need E[x x']: inputs in their order, by power, polished, and polished with stronger damping."""
 
 QUICK = ("rtn", "gptq", "search")
-"""What "auto" tries, the last one where some rows show that it is better than GPTQ. On SmolLM2 polishing left perplexity as it was (27.62 for 27.60), and inputs in order of power
-made it worse (28.66), though errors of layers were smaller."""
+"""What "auto" tries, the last one where some rows show that it is better than GPTQ. On SmolLM2 polishing left perplexity
+as it was (27.62 for 27.60), and inputs in order of power made it worse (28.66), though errors of layers were smaller."""
 
 _AIMED = ("search", *SECOND)
-_ROWS = (
-    64  # of a weight, spread evenly, on which "search" must be better than GPTQ to be tried on all
-)
+_ROWS = 64  # of a weight, on which "search" must be better than GPTQ to be tried on all
 _FINE = 8  # bits, at which second moments have nothing left to save
 _FIRM = 0.05  # damping of `gptq-firm`: better where there is little data
 
@@ -121,11 +119,11 @@ def solve_blocks(
         wanted, share = aim(W, drift[0], judge.wanted)
     plain = _Candidates(W, bits, block, symmetric, scales, factors, known)
     run = _Candidates(wanted, bits, block, symmetric, scales, factors, known) if share else plain
-    some = np.unique(np.linspace(0, len(W) - 1, min(_ROWS, len(W))).astype(np.int64))
+    few = some(len(W), _ROWS)
     for name in names:
         if names == QUICK and name == "search" and kept is not None and kept[0] == "gptq":
-            fewer = _Candidates(wanted[some], bits, block, symmetric, scales, factors, known)
-            if not judge.better(fewer.make(name), kept[1], some):
+            fewer = _Candidates(wanted[few], bits, block, symmetric, scales, factors, known)
+            if not judge.better(fewer.make(name), kept[1], few):
                 continue  # what is worse on these rows is not tried on the others
         made = (run if name in _AIMED else plain).make(name)
         found = judge.error(made)
@@ -143,9 +141,8 @@ class _Judge:
 
     def __init__(self, W: Array, H: Array | None, drift: tuple[Drift, Drift] | None) -> None:
         self._W = W
-        self._H = (
-            None if H is None or not np.any(H) else H
-        )  # inputs that are always 0 judge nothing
+        # inputs that are always 0 judge nothing
+        self._H = None if H is None or not np.any(H) else H
         self.wanted = None if drift is None else Wanted(W, drift[1])
 
     def error(self, made: Blocked) -> float:

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
+from qcompile.algo.blocks import some
 from qcompile.errors import DataError
 
 Array = npt.NDArray[Any]
@@ -65,18 +66,6 @@ class Drift:
     behind: Behind | None = None
     _factors: dict[float, Any] = dataclasses.field(default_factory=dict, repr=False)
     _lock: Any = dataclasses.field(default_factory=threading.Lock, repr=False)
-
-    def error(self, W: Array, made: Array) -> float:
-        """Return E |W x + d - V z|^2 / N, the mean squared error of an output; d is 0 if nothing is behind it.
-
-        Args:
-            W: weights of the float layer, (N, K).
-            made: V, (N, K).
-
-        Raises:
-            ValueError: `off` is not known.
-        """
-        return Wanted(W, self).error(made)
 
     def undone(self, missing: Array, damp: float) -> Array:
         """Return what weights must gain to give what the output lacks, float64 (N, K).
@@ -175,10 +164,10 @@ def aim(W: Array, drift: Drift, judge: Drift | Wanted | None = None) -> tuple[Ar
         return np.asarray(W, np.float32), 0.0
     judge = drift if judge is None else judge
     wanted = judge if isinstance(judge, Wanted) else Wanted(W, judge)
-    some = np.unique(np.linspace(0, len(W) - 1, min(_ROWS, len(W))).astype(np.int64))
-    few = drift.missing(W[some], some)
+    taken = some(len(W), _ROWS)
+    few = drift.missing(W[taken], taken)
     gains = {
-        damp: _best(wanted.terms(drift.undone(few, damp).astype(np.float32), some))[1]
+        damp: _best(wanted.terms(drift.undone(few, damp).astype(np.float32), taken))[1]
         for damp in _DAMPS
     }
     damp = max(gains, key=gains.__getitem__)

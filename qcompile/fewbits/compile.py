@@ -46,6 +46,7 @@ _TOKENS = 1 << 14  # of texts, in all of these; of a third more, SmolLM2 has 2 %
 _SCALED = 16  # calibration feeds that choose scales of inputs
 _JUDGES = 8  # held-out feeds that judge them
 _COMPARED = 4  # held-out feeds that the whole model is compared on: logits are large
+_NEAREST = "rtn"  # it asks for no data
 ONE_TOKEN = "one token"  # noqa: S105 - of a text
 _SUFFIX = re.compile(r"_token_\d+$")
 _KERNELS = ("MatMulNBits", "GatherBlockQuantized")
@@ -175,7 +176,7 @@ def _solve(opened: Opened, prepared: ir.Model, assignment: Assignment, show: Pro
     chosen, recipe = assignment.chosen, opened.recipe
     with show.stage("solving weights", len(chosen)) as step:
         samples = opened.samples
-        if samples is None:
+        if samples is None or recipe.algorithm == _NEAREST:
             return solve_plain(chosen, recipe.algorithm, lambda: step(1, None))
         return solve_in_order(
             prepared, chosen, _texts(samples), _judges(samples), opened.facts, recipe,
@@ -318,7 +319,8 @@ def _notes(found: Found, level: int, opened: Opened) -> list[str]:
     counts = ", ".join(f"{name} {n}" for name, n in tally(found.values()).items())
     # matrices without error to begin with say nothing
     ratios = [one.error / one.rtn for _, one in found.values() if one.rtn > 0]
-    where = "on held-out samples" if opened.samples is not None else "of the weights"
+    plain = opened.samples is None or opened.recipe.algorithm == _NEAREST
+    where = "of the weights" if plain else "on held-out samples"
     mean = sum(ratios) / max(len(ratios), 1)
     return [
         f"{len(found)} matrices ({counts}): {mean:.2f} of the error that rounding to nearest leaves, {where}; none is worse.",

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.algo.blocks import Blocked, row_errors
+from qcompile.algo.blocks import Blocked, row_errors, some
 from qcompile.algo.choose import Factors
 from qcompile.algo.gptq import gptq
 from qcompile.algo.rtn import rtn, search
@@ -35,7 +35,7 @@ _NO_GPTQ = ("rtn", "search", "kquant", "hqq", "awq")
 
 def places(count: int) -> Array:
     """Numbers of the rows that stand for so many, int64."""
-    return np.unique(np.linspace(0, count - 1, min(_ROWS, count)).round().astype(np.int64))
+    return some(count, _ROWS)
 
 
 def some_rows(item: Linear) -> Array:

@@ -70,8 +70,8 @@ class Streams:
         Where no sample is held out, those that choose judge.
         """
         names = list(dict.fromkeys(name for tap in taps for name in tap if name))
-        sums = [(_Sums(), _Sums()) for _ in taps]
         alone = self._judges >= len(self._float)
+        sums = [(_Sums(off=alone), _Sums(off=True)) for _ in taps]
         theirs = self._reader(part, names, {}, self._float)
         ours = self._reader(part, names, weights, self._ours)
         needed = {*part.makes, *(behind for _, behind in taps)}
@@ -81,7 +81,7 @@ class Streams:
             z.update((name, given[name]) for name in self._inside if name in given)
             for (name, behind), both in zip(taps, sums, strict=True):
                 stream = (wanted[behind], given[behind]) if behind else None
-                both[side].add(wanted[name], given[name], stream, off=alone or bool(side))
+                both[side].add(wanted[name], given[name], stream)
             for name in set(names) & set(self._inside) & x.keys() - needed:
                 del x[name]  # it has been asked for
         return {
@@ -149,23 +149,21 @@ def even(rows: Array) -> Array:
 class _Sums:
     """Sums of the second moments of rows of even power."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, off: bool) -> None:
+        """`off`: also those that errors take."""
         self._sums: dict[str, Array] = {}
         self._count = 0
-        self._off = False
+        self._off = off
         self._waiting: list[tuple[Array, Array, Array | None]] = []
 
-    def add(
-        self, wanted: Array, given: Array, stream: tuple[Array, Array] | None, *, off: bool
-    ) -> None:
-        """Count x and z, (..., K), and what their outputs are added to, (..., N), of both models; for errors as well if `off`."""
+    def add(self, wanted: Array, given: Array, stream: tuple[Array, Array] | None) -> None:
+        """Count x and z, (..., K), and what their outputs are added to, (..., N), of both models."""
         x, z = _flat(wanted), _flat(given)
         behind = None if stream is None else tuple(map(_flat, stream))
         # an error counts by what it is added to: the normalization behind sees the sum
         factor = even(z if behind is None else behind[1])
         z, lost = z * factor, (x - z) * factor
         away = None if behind is None else (behind[0] - behind[1]) * factor
-        self._off = off
         self._waiting.append((z, lost, away))
         self._count += len(z)
         if sum(len(rows[0]) for rows in self._waiting) >= _ROWS:

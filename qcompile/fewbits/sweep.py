@@ -26,7 +26,7 @@ import onnx_ir as ir
 from threadpoolctl import threadpool_limits
 
 from passes.lower_nbits import LowerNbits
-from qcompile.algo.blocks import Blocked
+from qcompile.algo.blocks import Blocked, some
 from qcompile.algo.choose import Factors
 from qcompile.fewbits.assign import Scheme
 from qcompile.fewbits.cut import Part, cut, part_model
@@ -370,7 +370,7 @@ def _lost(y: Array, z: Array, kind: str) -> Array:
     wide = y.shape[-1] if y.ndim else 1
     rows, others = y.reshape(-1, wide), z.reshape(-1, wide)
     if kind:
-        taken = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), _POSITIONS)).astype(int))
+        taken = some(len(rows), _POSITIONS)
         return divergence(rows[taken], others[taken], logits=kind == "logits")
     rows, others = (np.nan_to_num(np.asarray(a, np.float32)) for a in (rows, others))
     made: Array = np.square((others - rows) * even(rows)).mean(axis=1, dtype=np.float64)

@@ -26,9 +26,7 @@ def dims(model: ir.Model) -> Known:
     """
     known = Known()
     for value in model.graph.inputs:
-        if value.shape is not None and len(
-            value.shape
-        ):  # ORT refuses a feed of other sizes than these
+        if value.shape is not None and len(value.shape):  # ORT checks feeds, but for scalars
             known.shapes[value] = tuple(
                 size if isinstance(size, int) and size > 0 else Symbol() for size in value.shape
             )

@@ -91,17 +91,15 @@ class Known:
         numbers = None if value is None else self.numbers.get(value)
         return numbers and dataclasses.replace(numbers, sizes=found(numbers.sizes))
 
-    def join(self, a: Size, b: Size) -> Size:
-        """Both are equal in every run that does not fail; what they are, of the first one if that is not sure."""
+    def join(self, a: Size, b: Size) -> None:
+        """Both are equal in every run that does not fail."""
         a, b = find(a), find(b)
         if a is b or not self._sure:
-            return a
+            return
         if isinstance(a, Symbol):
             a.known = b
-            return b
-        if isinstance(b, Symbol):
+        elif isinstance(b, Symbol):
             b.known = a
-        return a
 
     def broadcast(self, shapes: Sequence[Sizes]) -> Sizes:
         """The sizes of what operands of these give."""

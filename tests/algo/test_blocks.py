@@ -8,7 +8,7 @@ import pytest
 from block_weights import any_scheme, any_weights, inputs, moment, slow_dequantize, weights
 from hypothesis import given, settings
 
-from qcompile.algo.blocks import Blocked, check_power, check_weights, error, groups, width
+from qcompile.algo.blocks import Blocked, check_power, check_weights, error, groups, some, width
 from qcompile.algo.rtn import rtn
 from qcompile.errors import DataError, ModelError
 
@@ -123,3 +123,12 @@ def test_some_rows() -> None:
     whole = rtn(weights(0, 8, 64), bits=4, block=16, symmetric=False)
     for which in (slice(2, 5), np.array([7, 0])):
         np.testing.assert_array_equal(whole.rows(which).dequantize(), whole.dequantize()[which])
+
+
+def test_rows_spread_evenly() -> None:
+    assert list(some(10, 4)) == [0, 3, 6, 9]
+    assert list(some(3, 64)) == [0, 1, 2]
+    assert list(some(1, 4)) == [0]
+    for count in (2, 97, 1000):
+        taken = some(count, 7)
+        assert (taken[0], taken[-1], len(taken)) == (0, count - 1, min(count, 7))

@@ -138,6 +138,21 @@ def test_int8_weights(tmp_path: Path) -> None:
     assert result.worst_db > 35
 
 
+def test_rounding_to_nearest_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data judges the result alone: the codes are those without data."""
+    nearest = dataclasses.replace(INT4, algorithm="rtn")
+    _, alone = compiled(tmp_path, nearest)
+    monkeypatch.setattr("qcompile.fewbits.compile.solve_in_order", None)
+    result, model = compiled(tmp_path, nearest, texts())
+    assert [i.raw_data for i in model.graph.initializer] == [
+        i.raw_data for i in alone.graph.initializer
+    ]
+    assert any(
+        ": 1.00 of the error that rounding to nearest leaves, of the weights" in n
+        for n in result.notes
+    )
+
+
 def test_the_portable_format(tmp_path: Path) -> None:
     """Operators of ONNX alone, of which ORT makes the same kernels: not where a Relu follows, which is said."""
     portable = dataclasses.replace(INT4, format="qdq", accuracy_level=0, threads=1)

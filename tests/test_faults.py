@@ -52,6 +52,21 @@ def left(folder: Path) -> list[str]:
 
 # ---- signals
 
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """Signals as in a terminal, for this process and its children: what starts tests in the background ignores some."""
+    usual = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}  # fmt: skip
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 _STOP = """
 import contextlib, os, sys
 from qcompile.__main__ import entry

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from qcompile.graph.edit import Names, add_initializer, add_node, array
+from qcompile.graph.edit import Names, add_initializer, add_node, array, put_aside
 from qcompile.plan.candidates import Candidate, clip_bounds
 from qcompile.plan.plan import Form, Plan
 from qcompile.quant.affine import quantize
@@ -150,12 +150,10 @@ class _Insertion:
             return
         if result.is_graph_output():  # two outputs of one meaning need two values
             result = self.dequantize(self.codes[old], self.step.params[old.name or ""], old)
-        name = old.name
         for i, output in enumerate(self.graph.outputs):
             if output is old:
                 self.graph.outputs[i] = result
-        old.name = f"{name}__replaced"
-        result.name = name
+        put_aside(old, result)
 
     def code(self, value: ir.Value) -> ir.Value:
         """The codes of a coded tensor; a tensor of a float producer is quantized behind it."""

@@ -220,10 +220,15 @@ def supersede(old: ir.Value, new: ir.Value) -> None:
         _take_name(old, new)
 
 
-def _take_name(old: ir.Value, new: ir.Value) -> None:
+def put_aside(old: ir.Value, new: ir.Value) -> None:
+    """`new` has the name of `old`, which gets one of its own: it may still be read, and be one of several of that name."""
     name = old.name
-    old.name = f"{name}__replaced"
+    old.name = f"{new.name or name}__replaced"
     new.name = name
+
+
+def _take_name(old: ir.Value, new: ir.Value) -> None:
+    put_aside(old, new)
     new.doc_string = old.doc_string
     new.metadata_props.update(old.metadata_props)
     new.meta.update(old.meta)

@@ -171,6 +171,19 @@ def test_supersede_keeps_the_name_of_any_value() -> None:
     assert exp.outputs[0].name == "t"
 
 
+def test_an_output_that_is_replaced_twice_leaves_two_names() -> None:
+    # ORT: "Duplicate definition of name (y__replaced)", as both were still read
+    model = parse(
+        "g (float[2] x) => (float[2] y) { t = Neg(x) u = Exp(x) y = Relu(t) z = Add(t, u) }"
+    )
+    neg, exp, relu, _ = model.graph
+    edit.replace(relu.outputs[0], neg.outputs[0])
+    edit.replace(neg.outputs[0], exp.outputs[0])
+    names = [value.name for node in model.graph for value in node.outputs]
+    assert exp.outputs[0].name == "y"
+    assert len(set(names)) == len(names)
+
+
 def test_what_may_take_the_place_of_an_output() -> None:
     model = parse(
         "g (float[2] x) => (float[2] y, float[2] z) <float[2] w = {1, 2}> { t = Neg(x) y = Relu(t) z = Add(x, w) }"

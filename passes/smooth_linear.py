@@ -35,6 +35,7 @@ from qcompile.step import Outcome, Pass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from collections.abc import Set as AbstractSet
 
     import numpy.typing as npt
 
@@ -45,17 +46,23 @@ _MARK = "qcompile.smoothed"
 
 @dataclasses.dataclass(frozen=True)
 class SmoothLinear(Pass):
-    """The groups in `smoothings`, by the name of the tensor that they read."""
+    """The groups in `smoothings`, by the name of the tensor that they read.
+
+    Attributes:
+        smoothings: scales, and where they go.
+        coded: names of products whose weights codes will replace that have the scales already: these weights stay.
+    """
 
     name: ClassVar[str] = "smooth_linear"
     smoothings: Mapping[str, Smoothing]
+    coded: AbstractSet[str] = frozenset()
 
     def apply(self, model: ir.Model) -> Outcome:
         """See the class. Nodes that are changed already are left as they are.
 
         Skipped: groups whose products are not there, do not read the tensor, or have weights of another depth.
         """
-        outcome, editor = Outcome(), _Editor(model)
+        outcome, editor = Outcome(), _Editor(model, self.coded)
         for tensor, smoothing in self.smoothings.items():
             nodes = [editor.nodes[n] for n in smoothing.nodes if n in editor.nodes]
             marked = [_MARK in node.metadata_props for node in nodes]
@@ -102,8 +109,8 @@ def _rank(nodes: Sequence[ir.Node], smoothing: Smoothing) -> int:
 class _Editor:
     """The edits of one model."""
 
-    def __init__(self, model: ir.Model) -> None:
-        self.graph, self.names = model.graph, Names(model)
+    def __init__(self, model: ir.Model, coded: AbstractSet[str]) -> None:
+        self.graph, self.names, self.coded = model.graph, Names(model), coded
         self.nodes = {node.name or "": node for node in model.graph}
         self.order = {name: i for i, name in enumerate(self.nodes)}
 
@@ -125,9 +132,10 @@ class _Editor:
         for node in nodes:
             axis = 1 if attribute(node, "transB", 0) else 0
             key = (node.inputs[1], axis)
-            if key not in done:
-                done[key] = self.scaled(node.inputs[1], scale, axis)
-            node.replace_input_with(1, done[key])
+            if node.name not in self.coded:
+                if key not in done:
+                    done[key] = self.scaled(node.inputs[1], scale, axis)
+                node.replace_input_with(1, done[key])
             node.metadata_props[_MARK] = "split" if keep else f"{smoothing.alpha or 0:g}"
         return rescaled
 
@@ -152,6 +160,12 @@ class _Editor:
         factor = np.ones(taken[0].width)
         factor[list(place.channels)] = 1 / smoothing.scale.astype(np.float64)
         for taker in taken:
+            if (
+                taker.node.name in self.coded
+                and taker.index == 1
+                and is_op(taker.node, "MatMul", "Gemm")
+            ):
+                continue
             new = self.scaled(taker.node.inputs[taker.index], factor, taker.axis)
             taker.node.replace_input_with(taker.index, new)
         made = (*path, *(taker.node.outputs[0] for taker in taken))

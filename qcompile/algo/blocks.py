@@ -167,13 +167,21 @@ def error(W: Array, blocked: Blocked, H: Array | None = None) -> float:
     """
     if W.shape != blocked.shape:
         raise ValueError(f"weights {W.shape} and codes {blocked.shape} differ in shape")
-    depth = W.shape[1]
+    # float64: errors that H nearly cancels are what GPTQ is about, and squares of 1e30 are no float32
+    return deviation(np.asarray(W, np.float64) - blocked.dequantize(), H)
+
+
+def deviation(off: Array, H: Array | None = None) -> float:
+    """Return `error` of weights that are off by `off`, float64 (N, K).
+
+    Raises:
+        ValueError: `H` does not fit.
+    """
+    depth = off.shape[1]
     if H is not None and H.shape not in {(depth,), (depth, depth)}:
         raise ValueError(f"H is {H.shape}, not ({depth},) or ({depth}, {depth})")
-    # float64: errors that H nearly cancels are what GPTQ is about, and squares of 1e30 are no float32
     wide = None if H is None else np.asarray(H, np.float64)
-    total = float(row_errors(np.asarray(W, np.float64) - blocked.dequantize(), wide).sum())
-    return total / max(len(W) * (depth if H is None else 1), 1)
+    return float(row_errors(off, wide).sum()) / max(len(off) * (depth if H is None else 1), 1)
 
 
 def row_errors(off: Array, H: Array | None) -> Array:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qcompile.algo.blocks import Blocked, check_weights, error, some
+from qcompile.algo.blocks import Blocked, check_weights, deviation, some
 from qcompile.algo.columns import ScaleType
 from qcompile.algo.drift import Drift, Wanted, aim
 from qcompile.algo.gptq import Factor, gptq, prepare
@@ -79,11 +79,29 @@ class Factors:
             self._made[key] = prepare(self.H, order=order, damp=damp)
         return self._made[key]
 
+    def scaled(self, scale: Array) -> Factors:
+        """Those of inputs that are divided by `scale`, (K,); what they are damped by is that of these."""
+        return _ScaledFactors(self, scale)
+
+
+class _ScaledFactors(Factors):
+    """Made from the factors of inputs as they are."""
+
+    def __init__(self, base: Factors, scale: Array) -> None:
+        super().__init__(base.H / np.outer(scale, scale))
+        self._base, self._scale = base, scale
+
+    def get(self, *, order: bool, damp: float = 0.01) -> Factor:
+        key = order, damp
+        if key not in self._made:
+            self._made[key] = self._base.get(order=order, damp=damp).scaled(self._scale)
+        return self._made[key]
+
 
 def solve_blocks(
     W: Array, *, bits: int, block: int | None, symmetric: bool, algorithm: str = "auto",
     H: Array | Factors | None = None, held_out_H: Array | None = None, scales: ScaleType = "float32",
-    drift: tuple[Drift, Drift] | None = None,
+    drift: tuple[Drift, Drift] | None = None, scale: Array | None = None,
 ) -> tuple[Blocked, Tally]:  # fmt: skip
     """Return the codes of least error among the candidates, and how all did; the first of equals.
 
@@ -100,6 +118,8 @@ def solve_blocks(
         scales: type whose values scales are rounded to.
         drift: how inputs of the float model differ, in the data that chooses and in that which judges. `SECOND` and "search"
             then round weights that make up for it (`drift.aim`), and errors are those from the float layer on float inputs.
+        scale: float32 (K,), positive: codes are those of `W` with its columns multiplied by it, for inputs divided by it.
+            Rounding to nearest of `W` as it is remains what errors are compared with, but is none of the candidates.
 
     Raises:
         RecipeError: no such algorithm, or it needs an `H` that is not given.
@@ -111,71 +131,103 @@ def solve_blocks(
     if factors is None and known is not None and known.ndim == 2:
         factors = Factors(known)
     names = _names(algorithm, bits, full=factors is not None)
-    judge = _Judge(W, known if held_out_H is None else held_out_H, drift)
+    judging = known if held_out_H is None else held_out_H
+    if judging is not None and not np.any(judging):
+        judging = None  # inputs that are always 0 judge nothing
+    judge = _Judge(W, judging, None if drift is None else Wanted(W, drift[1]))
     kept: tuple[str, Blocked, float] | None = None
     errors: list[tuple[str, float]] = []
     wanted, share = W, 0.0
     if drift is not None:
         wanted, share = aim(W, drift[0], judge.wanted)
-    plain = _Candidates(W, bits, block, symmetric, scales, factors, known)
-    run = _Candidates(wanted, bits, block, symmetric, scales, factors, known) if share else plain
+    power = None if known is None else np.diag(known) if known.ndim == 2 else known
+    plain = _Candidates(W, bits, block, symmetric, scales, factors, power)
+    run = dataclasses.replace(plain, W=wanted) if share else plain
+    nearby = plain.make(PLAIN[0])
+    base = judge.error(nearby)
+    errors.append((PLAIN[0], base))
+    if scale is None:
+        kept = PLAIN[0], nearby, base
+    else:
+        plain, run = plain.scaled(scale), run.scaled(scale)
+        judge = dataclasses.replace(judge, scale=scale)
     few = some(len(W), _ROWS)
-    for name in names:
-        if names == QUICK and name == "search" and kept is not None and kept[0] == "gptq":
-            fewer = _Candidates(wanted[few], bits, block, symmetric, scales, factors, known)
-            if not judge.better(fewer.make(name), kept[1], few):
-                continue  # what is worse on these rows is not tried on the others
+    for name in names if names == PLAIN[:1] and kept is None else names[1:]:
+        if name == "search" and names == QUICK and kept is not None and kept[0] == "gptq":
+            better = judge.better(run.rows(few).make(name), kept[1], few)
+            if not better:  # what is worse on these rows is not tried on the others
+                continue
         made = (run if name in _AIMED else plain).make(name)
         found = judge.error(made)
         errors.append((name, found))
         if kept is None or found < kept[2]:
             kept = name, made, found
-    assert kept is not None  # rtn always runs
-    base = errors[0][1]
-    tried = tuple((name, _ratio(found, base)) for name, found in errors)
+    assert kept is not None  # there is a name
+    tried = tuple((name, _ratio(found, base)) for name, found in dict(errors).items())
     return kept[1], Tally(kept[0], kept[2], base, tried, share)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Judge:
-    """Errors of candidates on data that judges."""
+    """Errors of candidates on data that judges; codes are those of weights whose columns are multiplied by `scale`."""
 
-    def __init__(self, W: Array, H: Array | None, drift: tuple[Drift, Drift] | None) -> None:
-        self._W = W
-        # inputs that are always 0 judge nothing
-        self._H = None if H is None or not np.any(H) else H
-        self.wanted = None if drift is None else Wanted(W, drift[1])
+    W: Array
+    H: Array | None
+    wanted: Wanted | None
+    scale: Array | None = None
 
     def error(self, made: Blocked) -> float:
         """As `Tally.error`."""
+        values = self._values(made)
         if self.wanted is None:
-            return error(self._W, made, self._H)
-        return self.wanted.error(made.dequantize())
+            return deviation(self.W - values.astype(np.float64), self.H)
+        return self.wanted.error(values)
 
     def better(self, few: Blocked, other: Blocked, rows: Array) -> bool:
         """Whether some rows, rounded, are better than the same rows of `other`."""
-        pair = few, other.rows(rows)
+        pair = self._values(few), self._values(other.rows(rows))
         if self.wanted is None:
-            mine, theirs = (error(self._W[rows], b, self._H) for b in pair)
+            mine, theirs = (deviation(self.W[rows] - v.astype(np.float64), self.H) for v in pair)
         else:
-            mine, theirs = (self.wanted.part(b.dequantize(), rows) for b in pair)
+            mine, theirs = (self.wanted.part(values, rows) for values in pair)
         return mine < theirs
 
+    def _values(self, made: Blocked) -> Array:
+        values: Array = made.dequantize()
+        if self.scale is not None:
+            values /= self.scale
+        return values
 
+
+@dataclasses.dataclass(eq=False)
 class _Candidates:
     """Runs algorithms by name on one weight; what two of them share is made once."""
 
-    def __init__(
-        self, W: Array, bits: int, block: int | None, symmetric: bool, scales: ScaleType,
-        factors: Factors | None, known: Array | None,
-    ) -> None:  # fmt: skip
-        self._W, self._factors = W, factors
-        self._bits, self._block, self._symmetric, self._scales = bits, block, symmetric, scales
-        self._power = None if known is None else np.diag(known) if known.ndim == 2 else known
-        self._ordered: Blocked | None = None
+    W: Array
+    bits: int
+    block: int | None
+    symmetric: bool
+    scales: ScaleType
+    factors: Factors | None
+    power: Array | None
+    ordered: Blocked | None = dataclasses.field(default=None, init=False)
+
+    def scaled(self, scale: Array) -> _Candidates:
+        """The same for weights whose columns are multiplied by `scale`, and inputs divided by it."""
+        return dataclasses.replace(
+            self,
+            W=self.W * scale,
+            factors=None if self.factors is None else self.factors.scaled(scale),
+            power=None if self.power is None else self.power / np.square(scale),
+        )
+
+    def rows(self, which: Array) -> _Candidates:
+        """The same for some of the rows."""
+        return dataclasses.replace(self, W=self.W[which])
 
     def make(self, name: str) -> Blocked:
-        W, power, scales = self._W, self._power, self._scales
-        bits, block, symmetric = self._bits, self._block, self._symmetric
+        W, power, scales = self.W, self.power, self.scales
+        bits, block, symmetric = self.bits, self.block, self.symmetric
         makers: dict[str, Callable[[], Blocked]] = {
             "rtn": lambda: rtn(W, bits=bits, block=block, symmetric=symmetric, scales=scales),
             "search": lambda: search(
@@ -193,24 +245,24 @@ class _Candidates:
         return makers[name]()
 
     def _gptq(self, *, order: bool, damp: float = 0.01) -> Blocked:
-        if order and damp != _FIRM and self._ordered is not None:
-            return self._ordered
-        assert self._factors is not None  # _names saw to it
+        if order and damp != _FIRM and self.ordered is not None:
+            return self.ordered
+        assert self.factors is not None  # _names saw to it
         made = gptq(
-            self._W,
-            self._factors.get(order=order, damp=damp),
-            bits=self._bits,
-            block=self._block,
-            symmetric=self._symmetric,
-            scales=self._scales,
+            self.W,
+            self.factors.get(order=order, damp=damp),
+            bits=self.bits,
+            block=self.block,
+            symmetric=self.symmetric,
+            scales=self.scales,
         )
         if order and damp != _FIRM:
-            self._ordered = made
+            self.ordered = made
         return made
 
     def _polished(self, start: Blocked) -> Blocked:
-        assert self._factors is not None
-        return polish(self._W, start, self._factors.H, scales=self._scales)
+        assert self.factors is not None
+        return polish(self.W, start, self.factors.H, scales=self.scales)
 
 
 def _names(algorithm: str, bits: int, *, full: bool) -> tuple[str, ...]:

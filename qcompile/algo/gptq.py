@@ -62,6 +62,19 @@ class Factor:
     damp: float
     ordered: bool
 
+    def scaled(self, scale: Array) -> Factor:
+        """The factor of inputs that are divided by `scale`, (K,), positive: of D H D with D = diag(1 / scale), R is D R.
+
+        What H was damped by is divided by the squares as well.
+        """
+        turned = np.asarray(scale, np.float64)[self.order]
+        left = self.left / np.square(turned)
+        return dataclasses.replace(
+            self,
+            share=(self.share * (turned / turned[:, None])).astype(np.float32),
+            left=(left / max(left.mean() if len(left) else 0.0, 1e-30)).astype(np.float32),
+        )
+
 
 def prepare(H: Array, *, order: bool = False, damp: float = DAMP) -> Factor:
     """Return the factor of `H`, damped more strongly, up to tenfold the mean power, where it is not definite.

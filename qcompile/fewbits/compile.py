@@ -19,6 +19,7 @@ from qcompile.decode import IDS, one_more
 from qcompile.errors import RecipeError
 from qcompile.fewbits.assign import Assignment, assign, others
 from qcompile.fewbits.fit import bytes_before, fit, too_large
+from qcompile.fewbits.fold import fold_scales
 from qcompile.fewbits.forms import LEVEL, form_of, options_of, raised
 from qcompile.fewbits.scales import AWQ, find_scales
 from qcompile.fewbits.sequential import Found, solve_in_order, solve_plain, tally
@@ -84,8 +85,9 @@ def compile_weights(
         assignment = assign(prepared, opened.recipe, opened.original)
     if opened.recipe.shares_bits and assignment.chosen:
         assignment = fit(opened, prepared, assignment, form, show).assignment
-    found = _solve(opened, prepared, assignment, show) if assignment.chosen else {}
+    found, balanced = _solve(opened, prepared, assignment, show) if assignment.chosen else ({}, {})
     model = raised(prepared.clone(), opened.recipe, [scheme for _, scheme in assignment.chosen])
+    found = fold_scales(model, found, balanced)
     weights = {name: blocked for name, (blocked, _) in found.items()}
     outcome = run_pass(LowerNbits(weights, form, opened.recipe.accuracy_level), model)
     restore(model, documentation(prepared))
@@ -171,17 +173,26 @@ def _texts(samples: Judges) -> list[Feed]:
     return feeds if tokens <= _TOKENS else samples.few(max(len(feeds) * _TOKENS // tokens, 1))
 
 
-def _solve(opened: Opened, prepared: ir.Model, assignment: Assignment, show: Progress) -> Found:
-    """Codes of all matrices: by what they compute where there is data, else by themselves."""
+def _solve(
+    opened: Opened, prepared: ir.Model, assignment: Assignment, show: Progress
+) -> tuple[Found, dict[str, Smoothing]]:
+    """Codes of all matrices: by what they compute where there is data, else by themselves; and scales of their inputs."""
     chosen, recipe = assignment.chosen, opened.recipe
     with show.stage("solving weights", len(chosen)) as step:
         samples = opened.samples
         if samples is None or recipe.algorithm == _NEAREST:
-            return solve_plain(chosen, recipe.algorithm, lambda: step(1, None))
-        return solve_in_order(
+            return solve_plain(chosen, recipe.algorithm, lambda: step(1, None)), {}
+        found, scales = solve_in_order(
             prepared, chosen, _texts(samples), _judges(samples), opened.facts, recipe,
             lambda: step(1, None),
         )  # fmt: skip
+    if scales:
+        count = sum(len(one.nodes) for one in scales.values())
+        opened.notes.append(
+            f"Inputs of {count} of {len(chosen)} matrices are scaled, and constants before them by the inverse, so that"
+            " blocks lose less; that costs no time."
+        )
+    return found, scales
 
 
 def _verdicts(

@@ -6,17 +6,24 @@ and to give what the float matrices give for the first ones (`qcompile.algo.drif
 what passes to the next part is that. Inputs of float layers alone would let the errors of all layers add up unseen; inputs
 of quantized layers alone, as in Frantar et al. 2022, see them but do not undo them. Memory is that of one part, of what
 passes for all samples, and of the codes.
+
+Where constants before can take it, inputs are scaled so that blocks lose less (`qcompile.algo.balance`). Scales are found
+with the codes, from the same moments; constants are divided by them when all is solved (`qcompile.fewbits.fold`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import numpy.typing as npt
 import onnx_ir as ir
 from threadpoolctl import threadpool_limits
 
+from qcompile.algo.balance import balance
 from qcompile.algo.blocks import Blocked
 from qcompile.algo.choose import Factors, Tally, solve_blocks
 from qcompile.algo.drift import Drift
@@ -24,12 +31,14 @@ from qcompile.fewbits.assign import Scheme
 from qcompile.fewbits.cut import Part, cut, read_values
 from qcompile.fewbits.scales import AWQ
 from qcompile.fewbits.streams import Streams
-from qcompile.graph.edit import attribute
+from qcompile.graph.edit import attribute, read_once
 from qcompile.graph.linear import Linear
 from qcompile.recipe import Recipe
 from qcompile.run.probe import Fact
 from qcompile.run.session import Feed
+from qcompile.solve.smoothing import LinearGroup, Smoothing, find_path, linear_groups, takers
 
+Array = npt.NDArray[Any]
 Chosen = tuple[Linear, Scheme]
 Found = dict[str, tuple[Blocked, Tally]]
 
@@ -54,14 +63,16 @@ def solve_plain(
     return found
 
 
+_BALANCED = ("auto", "all")  # algorithms that may scale inputs
+_FINE = 8  # bits, at which scales have nothing left to gain
 _DATALESS = ("auto", "all", "rtn", "search", "kquant", "hqq")
 
 
 def solve_in_order(
     prepared: ir.Model, chosen: Sequence[Chosen], samples: Sequence[Feed], held_out: Sequence[Feed],
     facts: Mapping[str, Fact], recipe: Recipe, tick: Callable[[], object] = lambda: None,
-) -> Found:  # fmt: skip
-    """Codes by what the matrices compute, by node name.
+) -> tuple[Found, dict[str, Smoothing]]:  # fmt: skip
+    """Codes by what the matrices compute, by node name; and the scales of inputs that they are made for, by tensor.
 
     Args:
         prepared: the float graph, sorted; not changed.
@@ -86,54 +97,133 @@ def solve_in_order(
     nodes = list(prepared.graph)
     inputs = {value.name or "" for value in prepared.graph.inputs}
     streams = Streams(prepared, facts, recipe, [*samples, *held_out], len(samples))
+    schemes = {item.name: scheme for item, scheme in tapped}
+    free = _free(prepared, schemes, facts) if recipe.algorithm in _BALANCED else {}
+    if recipe.max_size is not None:
+        free = {tensor: group for tensor, group in free.items() if _takes_no_room(prepared, group)}
     algorithm = "search" if recipe.algorithm == AWQ else recipe.algorithm
     for number, part in enumerate(parts):
         within = nodes[part.first : part.last]
         place = {node: i for i, node in enumerate(within)}
         inside = sorted((c for c in tapped if c[0].node in place), key=lambda c: place[c[0].node])
         taps = {item.name: tap(item, prepared) for item, _ in inside}
-        found |= _solve_part(streams, part, within, inside, algorithm, taps, tick)
+        found |= _solve_part(streams, part, within, inside, algorithm, (taps, free), tick)
         names = [item.name for item, _ in deciding if item.node in place]
         needed = {name for later in parts[number + 1 :] for name in later.reads} | inputs
         streams.advance(part, {name: found[name][0] for name in names if name in found}, needed)
     for item, _ in chosen:
         assert item.weight is not None
         found[item.name] = found[last[item.weight.key]]
-    return found
+    scales = {t: dataclasses.replace(one, place=free[t].place) for t, one in streams.scales.items()}
+    return found, scales
+
+
+def _free(
+    prepared: ir.Model, schemes: Mapping[str, Scheme], facts: Mapping[str, Fact]
+) -> dict[str, LinearGroup]:  # fmt: skip
+    """The groups of matrices whose input can be scaled at no cost, by the input."""
+    return {
+        group.tensor: group
+        for group in linear_groups(prepared, facts, schemes)[0]
+        if group.place is not None
+        and len({schemes[name] for name in group.nodes}) == 1
+        and schemes[group.nodes[0]].bits < _FINE
+    }
+
+
+def _takes_no_room(prepared: ir.Model, group: LinearGroup) -> bool:
+    """Whether the constants that would be divided are read by nobody else, so that no copy of them is needed."""
+    value = next(v for node in prepared.graph for v in node.outputs if v.name == group.tensor)
+    path = [] if group.place is None else find_path(value, group.place)
+    return bool(path) and all(read_once(t.node.inputs[t.index]) for t in takers(path[-1]))
 
 
 def _solve_part(
     streams: Streams, part: Part, nodes: Iterable[ir.Node], chosen: Sequence[Chosen], algorithm: str,
-    taps: Mapping[str, str], tick: Callable[[], object],
+    where: tuple[Mapping[str, str], Mapping[str, LinearGroup]], tick: Callable[[], object],
 ) -> Found:  # fmt: skip
-    """The codes of a part's matrices; those that others of the part make the inputs of come first."""
+    """The codes of a part's matrices; those that others of the part make the inputs of come first.
+
+    `where`: what each reads, and which inputs can be scaled; scales that are taken are added to those of `streams`.
+    """
+    taps, free = where
     found: Found = {}
-    level = _levels(chosen, nodes)
+    depth = _levels(chosen, nodes)
     mine = {item.node for item, _ in chosen}
     pairs = {
-        item.name: (taps[item.name], _behind(item, level, mine, streams.facts))
+        item.name: (taps[item.name], _behind(item, depth, mine, streams.facts))
         for item, _ in chosen
     }
     streams.begin(
         part, [name for pair in pairs.values() for name in pair if name and name not in part.reads]
     )
-    for number in sorted({level[node] for node in mine}):
-        group = [pair for pair in chosen if level[pair[0].node] == number]
+    for number in sorted({depth[node] for node in mine}):
+        group = [pair for pair in chosen if depth[pair[0].node] == number]
         asked = list(dict.fromkeys(pairs[item.name] for item, _ in group))
         drifts = streams.drifts(part, asked, {name: made for name, (made, _) in found.items()})
         factors = {pair: Factors(drift[0].H) for pair, drift in drifts.items()}
+        level = _Level(
+            group,
+            algorithm,
+            taps,
+            {name: factors[pair] for name, pair in pairs.items() if pair in factors},
+            {name: drifts[pair] for name, pair in pairs.items() if pair in drifts},
+        )
+        # products of one thread each: what threads of products wait for each other is more than they gain
+        with threadpool_limits(1, "blas"), ThreadPoolExecutor(streams.workers) as pool:
+            made, scales = level.solve(pool, free, tick)
+        found |= made
+        streams.scales |= scales
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Level:
+    """Matrices of a part whose inputs are known, by name."""
+
+    chosen: Sequence[Chosen]
+    algorithm: str
+    taps: Mapping[str, str]
+    factors: Mapping[str, Factors]
+    drifts: Mapping[str, tuple[Drift, Drift]]
+
+    def solve(
+        self, pool: ThreadPoolExecutor, free: Mapping[str, LinearGroup], tick: Callable[[], object]
+    ) -> tuple[Found, dict[str, Smoothing]]:
+        """Codes, and the scales of inputs that are better scaled and that `free` names."""
+        names = {item.name for item, _ in self.chosen}
+        read = dict.fromkeys(self.taps[item.name] for item, _ in self.chosen)
+        tensors = [t for t in read if t in free and names.issuperset(free[t].nodes)]
+        scales = dict(zip(tensors, pool.map(self._balanced, tensors), strict=True))
 
         def one(pair: Chosen) -> tuple[str, tuple[Blocked, Tally]]:
             item, scheme = pair
-            read = pairs[item.name]
-            made = _solve(item, scheme, algorithm, factors[read], drifts[read])  # noqa: B023 - the pool ends before
+            made = _solve(
+                item, scheme, self.algorithm, self.factors[item.name], self.drifts[item.name],
+                scales.get(self.taps[item.name]),
+            )  # fmt: skip
             tick()
             return item.name, made
 
-        # products of one thread each: what threads of products wait for each other is more than they gain
-        with threadpool_limits(1, "blas"), ThreadPoolExecutor(streams.workers) as pool:
-            found |= dict(pool.map(one, group))
-    return found
+        found = dict(pool.map(one, self.chosen))
+        for tensor in tensors:
+            tallies = [found[name][1] for name in free[tensor].nodes]
+            if scales[tensor] is not None and any(one.error > one.rtn for one in tallies):
+                scales[tensor] = None  # none may be worse than rounded to nearest
+                found |= pool.map(one, self._readers(tensor))
+        taken = {t: Smoothing(t, free[t].nodes, s) for t, s in scales.items() if s is not None}
+        return found, taken
+
+    def _readers(self, tensor: str) -> list[Chosen]:
+        return [pair for pair in self.chosen if self.taps[pair[0].name] == tensor]
+
+    def _balanced(self, tensor: str) -> Array | None:
+        readers = self._readers(tensor)
+        (first, scheme), weights = readers[0], [item.read() for item, _ in readers]
+        factor, judge = self.factors[first.name].get(order=False), self.drifts[first.name][1].H
+        return balance(
+            weights, factor, judge, bits=scheme.bits, block=scheme.block, symmetric=scheme.symmetric
+        )[0]
 
 
 def _levels(chosen: Sequence[Chosen], nodes: Iterable[ir.Node]) -> dict[ir.Node, int]:
@@ -187,11 +277,12 @@ def tap(item: Linear, model: ir.Model) -> str:
 
 
 def _solve(
-    item: Linear, scheme: Scheme, algorithm: str, H: Factors | None = None, drift: tuple[Drift, Drift] | None = None
+    item: Linear, scheme: Scheme, algorithm: str, H: Factors | None = None, drift: tuple[Drift, Drift] | None = None,
+    scale: Array | None = None,
 ) -> tuple[Blocked, Tally]:  # fmt: skip
     return solve_blocks(
         item.read(), bits=scheme.bits, block=scheme.block, symmetric=scheme.symmetric, algorithm=algorithm, H=H,
-        drift=drift,
+        drift=drift, scale=scale,
     )  # fmt: skip
 
 

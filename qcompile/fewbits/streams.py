@@ -13,12 +13,14 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from passes.lower_nbits import LowerNbits
+from passes.smooth_linear import SmoothLinear
 from qcompile.algo.blocks import Blocked
 from qcompile.algo.drift import Behind, Drift
 from qcompile.fewbits.cut import Part, part_model
 from qcompile.recipe import Recipe
 from qcompile.run.probe import Fact
 from qcompile.run.session import Feed, Options, Session
+from qcompile.solve.smoothing import Smoothing
 from qcompile.step import run_pass
 
 Array = npt.NDArray[Any]
@@ -35,7 +37,14 @@ _SHARE = 0.1  # of the median power of rows, that no row is taken to have less t
 
 
 class Streams:
-    """Runs parts in turn. Memory is that of one part, and of what passes for all samples, twice."""
+    """Runs parts in turn. Memory is that of one part, and of what passes for all samples, twice.
+
+    Attributes:
+        facts: sizes and types.
+        scales: of the inputs of matrices, by name of the input: codes are those of weights that are multiplied by them.
+            What passes is never scaled.
+        workers: threads.
+    """
 
     def __init__(
         self, prepared: ir.Model, facts: Mapping[str, Fact], recipe: Recipe, feeds: Sequence[Feed], judges: int
@@ -45,6 +54,7 @@ class Streams:
         self._float: list[dict[str, Array]] = [dict(feed) for feed in feeds]
         self._ours: list[dict[str, Array]] = [dict(feed) for feed in feeds]
         self._judges = judges
+        self.scales: dict[str, Smoothing] = {}
         self._inside: tuple[str, ...] = ()  # what is kept of a part while its matrices are solved
         self.workers = max(1, recipe.threads or os.cpu_count() or 1)
 
@@ -125,6 +135,14 @@ class Streams:
 
     def _session(self, part: Part, names: Sequence[str], weights: Mapping[str, Blocked]) -> Session:
         model = part_model(self._prepared, part, names, self.facts)
+        there = {node.name or "" for node in model.graph} & weights.keys()
+        scales = {
+            tensor: dataclasses.replace(one, nodes=nodes)
+            for tensor, one in self.scales.items()
+            if (nodes := tuple(name for name in one.nodes if name in there))
+        }
+        if scales:
+            run_pass(SmoothLinear(scales, there), model)
         if weights:  # float activations: of many rows at once, products are then faster
             run_pass(LowerNbits(weights, accuracy_level=0), model)
         return Session(model, Options("all", threads=self._recipe.threads))

@@ -14,7 +14,8 @@ from networks import from_text
 from workbench import weight
 
 from passes.lower_nbits import Form, LowerNbits
-from qcompile.errors import LimitError
+from qcompile.errors import LimitError, PassError
+from qcompile.fewbits import size
 from qcompile.fewbits.assign import Assignment, Scheme, assign
 from qcompile.fewbits.share import check_room, matrices, room, share
 from qcompile.fewbits.size import other_bytes, stored_bytes
@@ -168,3 +169,8 @@ def test_too_little_room_says_what_the_least_is() -> None:
     told = str(caught.value)
     assert f"the least is {8 * least / sum(one.weights for one in found):.3f}" in told
     assert f"the least is {(least + 500) / 1e6:.2f} MB" in told
+
+
+def test_a_weight_that_is_only_measured_says_so_when_it_is_read() -> None:
+    with pytest.raises(PassError, match="read only to find out how large it is"):
+        size._unread()

@@ -87,7 +87,7 @@ def solved(monkeypatch: pytest.MonkeyPatch, kept: int) -> tuple[sequential.Found
 
     monkeypatch.setattr(streams.Session, "run", run)
     chosen = assign(graph, INT4, graph).chosen
-    found = sequential.solve_in_order(graph, chosen, feeds[:8], feeds[8:], facts, INT4)
+    found, _ = sequential.solve_in_order(graph, chosen, feeds[:8], feeds[8:], facts, INT4)
     monkeypatch.undo()
     return found, runs
 

@@ -105,7 +105,7 @@ class Budget:
             found.append(f"the size is {point.size_mb:.2f} MB, the limit is {self.max_size:.2f} MB")
         if point.latency_ms > self.max_latency:
             found.append(
-                f"the latency is {point.latency_ms:.2f} ms, the limit is {self.max_latency:.2f} ms"
+                f"the latency is {point.latency_ms:.3g} ms, the limit is {self.max_latency:.3g} ms"
             )
         if point.speedup < self.min_speedup:
             found.append(

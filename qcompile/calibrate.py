@@ -125,8 +125,7 @@ def _place(
     inputs |= {f"{file}, which is merged,": Path(file) for file in merged}
     check_apart(place, inputs)
     if path is not None:
-        for file in io.external_files(io.load(path)):
-            check_apart(place, {"the external data of the model": file})
+        io.check_outside(place, path)
     check_writable(place)
     if place.exists() and not store.is_statistics(place):
         raise OutputError(

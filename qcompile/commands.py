@@ -55,6 +55,7 @@ def plan_model(
     if output is not None:
         data_file = None if data is None else Path(data)
         check_apart(output, {"the model": Path(model), "the calibration data": data_file})
+        io.check_outside(Path(output), Path(model))
         check_writable(output)
     opened = open_model(model, data, recipe, None, progress)
     request = dataclasses.replace(opened.request(fixed), calibrated=True)

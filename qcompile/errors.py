@@ -26,6 +26,10 @@ class DataError(QcompileError):
     """The calibration data does not fit the model, or holds NaN or infinities."""
 
 
+class NotFiniteError(DataError):
+    """A moment of data holds NaN or infinities, of whichever sample."""
+
+
 class RecipeError(QcompileError):
     """An option, recipe, plan or target is wrong."""
 

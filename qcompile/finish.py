@@ -41,6 +41,7 @@ _TEXT = (
     ".onnxtxt",
     ".onnxjson",
     ".toml",
+    ".py",
     ".npz",
     ".npy",
 )
@@ -79,6 +80,8 @@ def output_path(
     else:
         place = Path(output)
     check_apart(place, {"the input": path, **(inputs or {})})
+    if path is not None:
+        io.check_outside(place, path)
     if place.suffix in _TEXT:
         raise OutputError(
             f"{place} is named as text, and ONNX models are not: end its name in .onnx."
@@ -250,6 +253,8 @@ def _exit_code(
         return INACCURATE, deployed.problems()[0]
     if not best.plan.quantizes:
         return NOT_FASTER, "nothing was quantized: " + _no_reason(shop, best, opened)
+    if not kernels.integer:
+        return NOT_FASTER, "no integer kernel is left in the graph that ORT optimized."
     if speedup < 1.0:
         return NOT_FASTER, f"the result is not faster than the float model: {speedup:.2f}x."
     if len(kernels.missed) > len(kernels.nodes) // 20:

@@ -26,8 +26,8 @@ class Kept:
 
 
 def match_patterns(
-    model: ir.Model, patterns: Sequence[str], original: ir.Model | None = None
-) -> Kept:
+    model: ir.Model, patterns: Sequence[str], original: ir.Model | None = None, option: str = "--keep-float"
+) -> Kept:  # fmt: skip
     """The nodes of `model` that stay float because a pattern matches them.
 
     A pattern is an operator type, a node's name, the name of one of its outputs, a prefix of either
@@ -36,6 +36,12 @@ def match_patterns(
     A pattern may also name nodes that only `original` has, the model before it was prepared: what
     computes their results now stays float in their place. Where nothing does, because they were folded
     into others or away, a note says so.
+
+    Args:
+        model: whose nodes are meant.
+        patterns: see above.
+        original: see above.
+        option: that gave the patterns, for messages.
 
     Raises:
         RecipeError: a pattern matches nothing (the nearest names are offered) or is not valid.
@@ -50,7 +56,7 @@ def match_patterns(
         gone = [node for node in before if matches(node)] if not found else []
         if not found and not gone:
             raise RecipeError(
-                f"the pattern {pattern!r} of --keep-float matches no node.{_near(pattern, [*here, *before])}"
+                f"the pattern {pattern!r} of {option} matches no node.{_near(pattern, [*here, *before])}"
             )
         if gone:
             results = {value.name for node in gone for value in node.outputs if value.name}

@@ -85,7 +85,6 @@ class Result:
     def verdict(self) -> str:
         """One sentence: what the result is."""
         speed = self.latency.get("speedup")
-        size = self.size_mb["before"] / max(self.size_mb["after"], 1e-9)
         if self.exit_code == NOT_FASTER:
             return f"NOT a success: {self.warnings[0] if self.warnings else 'the result is not faster.'}"
         if self.exit_code == INACCURATE:
@@ -93,7 +92,7 @@ class Result:
             what = "NOT within the limits" if missed else "NOT accurate enough"
             return f"{what}: {self.warnings[0] if self.warnings else ''}"
         shown = "not timed" if speed is None else f"{speed:.2f}x as fast"
-        text = f"{shown}, {size:.1f}x smaller"
+        text = f"{shown}, {sized(self.size_mb['before'], self.size_mb['after'], 1)}"
         if self.kv_cache is not None:
             text += f", caches {1 / self.kv_cache['ratio']:.1f}x smaller"
         if self.goal_missed is not None:
@@ -101,6 +100,15 @@ class Result:
                 f", but {self.worst_db:.1f} dB SQNR is below the goal of {self.goal_missed:g} dB"
             )
         return text
+
+
+def sized(before: float, after: float, digits: int = 2) -> str:
+    """How a size has changed: `3.90x smaller`, or `1.25x larger`."""
+    before, after = max(before, 1e-9), max(after, 1e-9)
+    larger = f"{after / before:.{digits}f}"
+    if after > before and float(larger) > 1:
+        return f"{larger}x larger"
+    return f"{before / after:.{digits}f}x smaller"
 
 
 def check_folder(folder: Path) -> None:
@@ -192,14 +200,14 @@ def point_rows(search: Mapping[str, Any]) -> list[tuple[str, ...]]:
 def to_markdown(result: Result) -> str:
     """The report as a document."""
     source = "a model in memory" if result.model is None else f"`{result.model}`"
-    size, ratio = result.size_mb, result.size_mb["before"] / max(result.size_mb["after"], 1e-9)
+    size = result.size_mb
     lines = [
         f"# {Path(result.output).name if result.output else 'result'}: {result.verdict()}", "",
         f"Compiled from {source} for `{result.target}`, recipe `{result.recipe}`, format `{result.format}`, "
         f"ranges `{result.ranges}`, in {result.seconds:.1f} s and {result.peak_rss_mb:.0f} MB; "
         f"{result.samples['calibration']} calibration and {result.samples['held_out']} held-out samples.", "",
         *_head("", "FP32", "result", ""),
-        _row("size, MB", f"{size['before']:.2f}", f"{size['after']:.2f}", f"{ratio:.2f}x smaller"),
+        _row("size, MB", f"{size['before']:.2f}", f"{size['after']:.2f}", sized(size["before"], size["after"])),
     ]  # fmt: skip
     lines += [
         _row(

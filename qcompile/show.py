@@ -14,7 +14,7 @@ from rich.text import Text
 
 from qcompile.errors import printable
 from qcompile.plan.plan import Plan
-from qcompile.report import POINT_COLUMNS, Result, cache_lines, grouped_float, point_rows
+from qcompile.report import POINT_COLUMNS, Result, cache_lines, grouped_float, point_rows, sized
 
 if TYPE_CHECKING:
     from qcompile.layers import Layers
@@ -29,7 +29,7 @@ class _Console(Console):
     """A console whose reader may leave early."""
 
     def __init__(self) -> None:
-        super().__init__(highlight=False, soft_wrap=True)
+        super().__init__(highlight=False, soft_wrap=True, emoji=False)
 
     def render_str(self, text: str, **options: Any) -> Text:
         """The text, its control characters spelled out, whoever named what it tells of."""
@@ -50,12 +50,11 @@ def show_result(result: Result) -> None:
     table = Table(show_edge=False, pad_edge=False)
     for title in ("", "FP32", "result", ""):
         table.add_column(title, justify="left" if not title else "right")
-    ratio = result.size_mb["before"] / max(result.size_mb["after"], 1e-9)
     table.add_row(
         "size",
         f"{result.size_mb['before']:.2f} MB",
         f"{result.size_mb['after']:.2f} MB",
-        f"{ratio:.2f}x smaller",
+        sized(result.size_mb["before"], result.size_mb["after"]),
     )
     for row in result.latency["feeds"]:
         table.add_row(

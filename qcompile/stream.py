@@ -211,7 +211,9 @@ def _bits(model: ir.Model, settings: StreamSettings) -> dict[str, int]:
     found: dict[str, int] = {}
     for pattern, bits in settings.bits_for:
         try:
-            found.update(dict.fromkeys(match_patterns(model, [pattern]).why, bits))
+            found.update(
+                dict.fromkeys(match_patterns(model, [pattern], option="--bits-for").why, bits)
+            )
         except RecipeError as error:
             raise RecipeError(str(error).replace("--keep-float", "--bits-for")) from error
     return found

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import scipy.linalg
 
 from qcompile.algo.blocks import some
-from qcompile.errors import DataError
+from qcompile.errors import DataError, NotFiniteError
 
 Array = npt.NDArray[Any]
 
@@ -159,7 +159,9 @@ def aim(W: Array, drift: Drift, judge: Drift | Wanted | None = None) -> tuple[Ar
     """
     moments = [drift.H, drift.cross, *([] if drift.behind is None else [drift.behind.cross])]
     if not all(np.isfinite(moment).all() for moment in moments):
-        raise DataError("the second moment of the input holds NaN or infinities: calibrate again.")
+        raise NotFiniteError(
+            "the second moment of the input holds NaN or infinities: calibrate again."
+        )
     if not any(map(np.any, moments[1:])) or not np.any(np.diag(drift.H)):
         return np.asarray(W, np.float32), 0.0
     judge = drift if judge is None else judge

@@ -32,7 +32,7 @@ import numpy.typing as npt
 from qcompile.algo.blocks import Blocked, check_scheme, check_weights, groups, width
 from qcompile.algo.columns import Columns, ScaleType, nearest, powers
 from qcompile.algo.rtn import search_columns, whole
-from qcompile.errors import DataError
+from qcompile.errors import DataError, NotFiniteError
 
 Array = npt.NDArray[Any]
 
@@ -253,7 +253,9 @@ def moment(H: Array) -> Array:
         raise ValueError(f"H is {H.shape}, not square")
     gram = np.asarray(H, np.float64)
     if not np.all(np.isfinite(gram)):
-        raise DataError("the second moment of the input holds NaN or infinities: calibrate again.")
+        raise NotFiniteError(
+            "the second moment of the input holds NaN or infinities: calibrate again."
+        )
     most = np.abs(gram).max(initial=0.0)
     if not most:
         return np.zeros_like(gram)

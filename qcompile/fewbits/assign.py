@@ -13,6 +13,7 @@ from qcompile.graph.chain import Stored, follow
 from qcompile.graph.edit import graphs, is_op
 from qcompile.graph.linear import Linear, find_linears
 from qcompile.keep import match_patterns
+from qcompile.quant.affine import too_small
 from qcompile.recipe import Recipe
 
 _WEIGHTED = ("Conv", "ConvTranspose", "MatMul", "Gemm", "Einsum", "LSTM", "GRU", "RNN")
@@ -75,6 +76,8 @@ def assign(model: ir.Model, recipe: Recipe, original: ir.Model) -> Assignment:
             reason = "it would need its activations transposed: name it with --bits-for to have it all the same"
         if reason is None and item.shape[0] * item.shape[1] < _LEAST and item.name not in asked:
             reason = f"it has {item.shape[0] * item.shape[1]} weights, too few to save anything"
+        if reason is None:
+            reason = too_small(item.read()) or None
         if reason is not None:
             left.append((item, reason))
             continue
@@ -125,5 +128,7 @@ def asked_bits(model: ir.Model, wishes: Sequence[str], original: ir.Model) -> di
             raise RecipeError(
                 f"bits_for {wish!r}: write PATTERN=BITS with 2, 4 or 8 bits, as lm_head=8."
             )
-        found |= dict.fromkeys(match_patterns(model, [pattern], original).why, int(bits))
+        found |= dict.fromkeys(
+            match_patterns(model, [pattern], original, "--bits-for").why, int(bits)
+        )
     return found

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from passes.lower_nbits import LowerNbits
+from passes.lower_nbits import Form, LowerNbits
 from passes.smooth_linear import SmoothLinear
 from qcompile.calib.split import Judges
 from qcompile.decode import IDS, one_more
-from qcompile.errors import RecipeError
+from qcompile.errors import NotFiniteError, RecipeError
 from qcompile.fewbits.assign import Assignment, assign, others
+from qcompile.fewbits.bad import leave_out_bad
 from qcompile.fewbits.fit import bytes_before, fit, too_large
 from qcompile.fewbits.fold import fold_scales
 from qcompile.fewbits.forms import LEVEL, form_of, options_of, raised
@@ -76,16 +77,13 @@ def compile_weights(
         OutputError: the result cannot be written.
     """
     form = form_of(opened.recipe)
-    assignment = assign(opened.prepared, opened.recipe, opened.original)
-    prepared = opened.prepared
-    scales = _scales(opened, assignment, show)
-    if scales:
-        prepared = opened.prepared.clone()
-        run_pass(SmoothLinear(scales), prepared)
-        assignment = assign(prepared, opened.recipe, opened.original)
-    if opened.recipe.shares_bits and assignment.chosen:
-        assignment = fit(opened, prepared, assignment, form, show).assignment
-    found, balanced = _solve(opened, prepared, assignment, show) if assignment.chosen else ({}, {})
+    try:
+        prepared, assignment, found, balanced = _decide(opened, form, show)
+    except NotFiniteError:
+        chosen = assign(opened.prepared, opened.recipe, opened.original).chosen
+        if not leave_out_bad(opened, opened.prepared, chosen, show):
+            raise
+        prepared, assignment, found, balanced = _decide(opened, form, show)
     model = raised(prepared.clone(), opened.recipe, [scheme for _, scheme in assignment.chosen])
     found = fold_scales(model, found, balanced)
     weights = {name: blocked for name, (blocked, _) in found.items()}
@@ -123,6 +121,24 @@ def compile_weights(
     if report is not None:
         write_report(Path(report), result)
     return result
+
+
+def _decide(
+    opened: Opened, form: Form, show: Progress
+) -> tuple[ir.Model, Assignment, Found, dict[str, Smoothing]]:
+    """The float graph, the schemes of its matrices, their codes, and the scales of their inputs."""
+    assignment = assign(opened.prepared, opened.recipe, opened.original)
+    prepared = opened.prepared
+    scales = _scales(opened, assignment, show)
+    if scales:
+        prepared = opened.prepared.clone()
+        run_pass(SmoothLinear(scales), prepared)
+        assignment = assign(prepared, opened.recipe, opened.original)
+    if not assignment.chosen:
+        return prepared, assignment, {}, {}
+    if opened.recipe.shares_bits:
+        assignment = fit(opened, prepared, assignment, form, show).assignment
+    return prepared, assignment, *_solve(opened, prepared, assignment, show)
 
 
 def _scales(opened: Opened, assignment: Assignment, show: Progress) -> dict[str, Smoothing]:

@@ -21,7 +21,7 @@ from onnx import numpy_helper  # noqa: TID251
 
 from qcompile.errors import ModelError, brief
 from qcompile.graph import trust, wire
-from qcompile.graph.publish import atomic, data_file
+from qcompile.graph.publish import atomic, check_apart, data_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -248,6 +248,18 @@ def external_files(model: ir.Model) -> set[Path]:
         for value in graph.initializers.values()
         if isinstance(value.const_value, ir.ExternalTensor)
     }
+
+
+def check_outside(place: Path, model: Path) -> None:
+    """Nothing, if `place` holds no weights of the model in the file `model`.
+
+    Raises:
+        OutputError: writing it would destroy them.
+        ModelError: the model cannot be read.
+    """
+    if place.exists():
+        for file in external_files(load(model, mapped=True)):
+            check_apart(place, {"the external data of the model": file})
 
 
 def save(model: ir.Model, path: Path) -> None:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from qcompile.graph.edit import array, attribute, is_op, scalar, sole_user
+from qcompile.quant.affine import too_small
 from qcompile.run.probe import Fact
 from qcompile.targets.schema import OpRow, Role, Target
 
@@ -108,6 +109,8 @@ def _conv(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
         return "its bias is not constant"
     if weight.size == 0:
         return "its weight is empty"
+    if small := too_small(weight):
+        return small
     group = attribute(node, "group", 1)
     variant = ""
     if group > 1:
@@ -170,6 +173,8 @@ def _linear(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
                 return "its bias is not constant"
     if not np.isfinite(weight).all():
         return "its weight holds NaN or infinities"
+    if small := too_small(weight):
+        return small
     row = target.row(node.op_type)
     assert row is not None
     fact = facts.get(node.outputs[0].name or "")
@@ -216,6 +221,8 @@ def _recurrent(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
             return f"its weights are {w.dtype} of {w.ndim} dimensions"
         if not np.isfinite(w).all():
             return "its weight holds NaN or infinities"
+        if small := too_small(w):
+            return small
     if attribute(node, "layout", 0):
         return "layout 1 has no kernel"
     unknown = sorted(node.attributes.keys() - _LSTM_ATTRIBUTES)
@@ -355,6 +362,8 @@ def _gather(node: ir.Node, target: Target, facts: Facts) -> Candidate | str:
         return f"too small to gain ({weight.nbytes} bytes)"
     if not np.isfinite(weight).all():
         return "its table holds NaN or infinities"
+    if small := too_small(weight):
+        return small
     return Candidate(node, "embedding", row, ())
 
 

@@ -34,6 +34,9 @@ smallest normal float32: never denormal, which devices flush to 0. And x / scale
 |x| = 2**65. A range this narrow is noise; its values still lie within half a scale of their codes.
 """
 
+LEAST_WEIGHT = 2.0**-56
+"""Weights that are all smaller have no 8-bit codes: the least scale leaves them less than 7 bits."""
+
 ZERO_RANGE_SCALE = np.float32(1.0)
 """The scale of a range that holds 0 only.
 
@@ -46,6 +49,14 @@ RANGE_LIMIT = 2.0**126
 
 hi - lo and every (codes - zero) * scale then stay finite in float32.
 """
+
+
+def too_small(weight: npt.NDArray[np.floating]) -> str:
+    """Why a weight has no codes, for being all but zero; empty if it has, or is zero."""
+    most = float(max(weight.max(initial=0.0), -weight.min(initial=0.0)))
+    if not 0 < most < LEAST_WEIGHT:
+        return ""
+    return f"its weights are at most {most:.2g}, too small for scales of 8 bits"
 
 
 def quantize(x: npt.NDArray[np.floating], params: QParams) -> npt.NDArray[Any]:

@@ -86,6 +86,10 @@ class Comparison:
                     )
                 elif error.dead:
                     found.append(f"{where} is constant: all its information is lost.")
+                elif error.unrelated:
+                    found.append(
+                        f"{where} has nothing of the float model's: {error.sqnr_db:.1f} dB SQNR, cosine {error.cosine:.2f}."
+                    )
         return found
 
     def remarks(self, goal: float = -np.inf) -> list[str]:

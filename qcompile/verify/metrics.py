@@ -16,6 +16,9 @@ _MOST_LOGIT = 1e6  # masks of -inf stay comparable
 _LEAST_SHARE = 1e-9  # a probability that codes cannot hold is no infinite loss
 _AT_ONCE = 1 << 20  # values that are compared at once
 _QUIET = 1e-6  # of the power of all samples of as many values: less is silence, which has no SQNR of its own
+_CONSTANT = 1e-12  # of the mean square, that values of one number vary by, as sums round
+_UNRELATED = 0.1  # a cosine below is that of chance
+_FEW = 16  # values that may have it by chance
 MOST_DB = 300.0  # beyond, a ratio of powers leaves float64
 
 
@@ -163,7 +166,7 @@ class Error:
 
         A cosine of 1 - d is a noise-to-signal ratio of about 2 d: 0.005 are 20 dB.
         """
-        if self.bad or self.dead:
+        if self.bad or self.dead or self.unrelated:
             return 1.0
         if self.part.decides and self.decisions:
             return 1.0 - self.same / self.decisions
@@ -181,10 +184,16 @@ class Error:
         def spread(power: float, total: float) -> float:
             return power / self.count - (total / self.count) ** 2
 
-        alive = spread(self.power, self.total) > 1e-12 * max(self.power / self.count, 1e-30)
-        return alive and spread(self.power_result, self.total_result) <= 1e-12 * max(
-            self.power_result / self.count, 1e-30
-        )
+        alive = spread(self.power, self.total) > _CONSTANT * self.power / self.count
+        left = spread(self.power_result, self.total_result)
+        return alive and left <= _CONSTANT * self.power_result / self.count
+
+    @property
+    def unrelated(self) -> bool:
+        """Whether the result has nothing of the reference: more noise than signal, and hardly any cosine."""
+        if self.count < _FEW or self.discrete or not self.power:
+            return False
+        return self.noise >= self.power and self.cosine < _UNRELATED
 
     def to_dict(self) -> dict[str, Any]:
         """The figures, for reports; an infinite SQNR is None (the outputs are equal)."""

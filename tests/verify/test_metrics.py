@@ -134,6 +134,27 @@ def test_infinities_of_the_reference_are_no_errors() -> None:
     assert error((y, F32([[-1e9, 1, 2]]))).bad == 0
 
 
+def test_a_slice_that_has_nothing_of_the_reference() -> None:
+    rng = np.random.default_rng(0)
+    y, other = (rng.normal(size=(4, 50)).astype(F32) for _ in range(2))
+    assert error((y, other)).unrelated
+    assert error((y, -y)).unrelated
+    assert error((y * F32(1e-20), other)).unrelated
+    assert error((y, other)).drop == 1.0
+    for result in (y, y + F32(0.9) * other, F32(1e-3) * y, F32(3) * y):  # noise alone does not tell
+        assert not error((y, result)).unrelated
+    assert not error((y[:1, :3], other[:1, :3])).unrelated  # too few to tell
+    assert not error((y * 0, other)).unrelated
+
+
+def test_a_slice_of_tiny_values_dies_as_others_do() -> None:
+    y = np.random.default_rng(0).normal(size=(4, 8)).astype(F32)
+    for scale in (1e-19, 1e-30, 1e-41):
+        small = (y * scale).astype(F32)
+        assert error((small, np.zeros_like(y))).dead
+        assert not error((small, small)).dead
+
+
 def test_a_dead_slice() -> None:
     y, _ = noisy()
     assert error((y, np.zeros_like(y))).dead

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from qcompile import compile_model
 from qcompile.algo.rtn import rtn
 from qcompile.cli import main
 from qcompile.errors import RecipeError
+from qcompile.fewbits import compile as driver
 from qcompile.fewbits import large
 from qcompile.fewbits.assign import Scheme
 from qcompile.fewbits.forms import raised
@@ -376,3 +378,15 @@ def test_plans_and_statistics_are_for_other_recipes(tmp_path: Path) -> None:
     ):
         compile_model(path, recipe=INT4, stats=tmp_path / "s.stats")
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("size", "texts_", "judges"), [(512, 24, 6), (20, 40, 8), (5000, 2, 1), (0, 40, 8)]
+)
+def test_texts_are_bounded_in_tokens(size: int, texts_: int, judges: int) -> None:
+    feed = {"input_ids": np.zeros((1, size), np.int64)} if size else {"x": np.zeros((1, 9))}
+    samples: Any = SimpleNamespace(
+        few=lambda most: [feed] * min(most, 40), held_out=lambda: iter([feed] * 20)
+    )
+    assert len(driver._texts(samples)) == texts_
+    assert len(driver._judges(samples)) == judges

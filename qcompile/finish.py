@@ -253,7 +253,7 @@ def _exit_code(
         return INACCURATE, deployed.problems()[0]
     if not best.plan.quantizes:
         return NOT_FASTER, "nothing was quantized: " + _no_reason(shop, best, opened)
-    if not kernels.integer:
+    if not kernels.runs:
         return NOT_FASTER, "no integer kernel is left in the graph that ORT optimized."
     if speedup < 1.0:
         return NOT_FASTER, f"the result is not faster than the float model: {speedup:.2f}x."

@@ -14,6 +14,7 @@ from networks import from_text, linear_net, save
 from qcompile.errors import NotFiniteError
 from qcompile.quant.affine import LEAST_WEIGHT, too_small
 from qcompile.report import sized
+from qcompile.verify.kernels import Kernels, Verdict
 
 if TYPE_CHECKING:
     from conftest import Desk
@@ -162,3 +163,11 @@ def test_a_model_without_integer_kernels_is_no_success(desk: Desk) -> None:
 def test_a_pattern_is_named_by_its_option(desk: Desk) -> None:
     said = desk.refused("m.onnx", "--recipe", "int4", "--bits-for", "nosuch=8")
     assert said.startswith("the pattern 'nosuch' of --bits-for matches no node.")
+
+
+def test_a_lookup_of_codes_counts_as_integer() -> None:
+    rows = Verdict("e", "Gather", "weight", "integer", "Gather", "8-bit rows")
+    merged = Verdict("p", "MatMul", "dynamic", "integer", "merged", "part of another node")
+    assert Kernels((rows,), 0, 0, 0, {}).runs
+    assert Kernels((merged,), 1, 0, 0, {}).runs
+    assert not Kernels((merged,), 0, 0, 0, {}).runs

@@ -24,6 +24,7 @@ _SUFFIX = re.compile(r"_token_\d+$|_nchwc$|_int$")  # what ORT's transformers, a
 _INTEGER = re.compile(
     r"QLinear|MatMulInteger|ConvInteger|DynamicQuantize(MatMul|LSTM)|QGemm|QAttention|MatMulNBits|GatherBlockQuantized"
 )
+_MERGED = "merged"  # the kernel of a node that is no longer there by itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +48,13 @@ class Kernels:
     float: int
     leftover_qdq: int
     operators: Mapping[str, int]
+
+    @property
+    def runs(self) -> bool:
+        """Whether anything integer runs: a kernel, or a lookup of 8-bit rows. What is constant, ORT folds."""
+        return self.integer > 0 or any(
+            v.verdict == "integer" and v.kernel != _MERGED for v in self.nodes
+        )
 
     @property
     def missed(self) -> list[Verdict]:
@@ -138,7 +146,7 @@ def _verdict(
     name: str, op: str, form: Form, kernels: frozenset[str], node: ir.Node | None
 ) -> Verdict:
     if node is None:
-        return Verdict(name, op, form.value, "integer", "merged", "part of another node")
+        return Verdict(name, op, form.value, "integer", _MERGED, "part of another node")
     other = _INTEGER.search(node.op_type) and form is not Form.WEIGHT
     by_block = form is Form.WEIGHT and node.op_type == "MatMulNBits"  # rounds its input by blocks
     wanted = node.op_type in kernels and not (form is Form.WEIGHT and op != "Gather")

@@ -94,6 +94,15 @@ class LowerNbits(Pass):
             self._declare(model, [source for _, source in chosen])
         return outcome
 
+    def unfit(self, model: ir.Model) -> dict[str, str]:
+        """Why nodes that have weights would stay float, by name; the model is not changed."""
+        fits = {item.name: self._fit(model, item) for item in find_linears(model)}
+        return {
+            name: reason
+            for name, reason in fits.items()
+            if isinstance(reason, str) and name in self.weights
+        }
+
     def _fit(self, model: ir.Model, item: Linear) -> Source | str | None:
         """The weights for a node; the reason why it has none of few bits; None if none are given."""
         if item.reason is not None:

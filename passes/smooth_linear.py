@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]
 
-_MARK = "qcompile.smoothed"
+MARK = "qcompile.smoothed"
+"""Key of the metadata of products that are smoothed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ class SmoothLinear(Pass):
         outcome, editor = Outcome(), _Editor(model, self.coded)
         for tensor, smoothing in self.smoothings.items():
             nodes = [editor.nodes[n] for n in smoothing.nodes if n in editor.nodes]
-            marked = [_MARK in node.metadata_props for node in nodes]
+            marked = [MARK in node.metadata_props for node in nodes]
             if marked and all(marked):
                 continue
             why = "some of them are smoothed already" if any(marked) else ""
@@ -136,7 +137,7 @@ class _Editor:
                 if key not in done:
                     done[key] = self.scaled(node.inputs[1], scale, axis)
                 node.replace_input_with(1, done[key])
-            node.metadata_props[_MARK] = "split" if keep else f"{smoothing.alpha or 0:g}"
+            node.metadata_props[MARK] = "split" if keep else f"{smoothing.alpha or 0:g}"
         return rescaled
 
     def scaled(self, old: ir.Value | None, factor: Array, axis: int) -> ir.Value:

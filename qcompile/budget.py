@@ -105,7 +105,9 @@ class Budget:
             found.append(f"the size is {point.size_mb:.2f} MB, the limit is {self.max_size:.2f} MB")
         if point.latency_ms > self.max_latency:
             found.append(
-                f"the latency is {point.latency_ms:.3g} ms, the limit is {self.max_latency:.3g} ms"
+                "the latency is {} ms, the limit is {} ms".format(
+                    *_apart(point.latency_ms, self.max_latency)
+                )
             )
         if point.speedup < self.min_speedup:
             found.append(
@@ -161,3 +163,9 @@ def pareto(points: Sequence[Point]) -> list[int]:
 
     kept = [i for i in range(len(points)) if not beaten(i)]
     return sorted(kept, key=lambda i: -points[i].speedup)
+
+
+def _apart(value: float, limit: float) -> tuple[str, str]:
+    """Both in as many digits as tell them apart."""
+    pairs = [(f"{value:.{digits}f}", f"{limit:.{digits}f}") for digits in (2, 3, 4, 6)]
+    return next((pair for pair in pairs if pair[0] != pair[1]), pairs[-1])

@@ -51,7 +51,7 @@ def match_patterns(
     why: dict[str, str] = {}
     notes: list[str] = []
     for pattern in patterns:
-        matches = _matcher(pattern)
+        matches = _matcher(pattern, option)
         found = [node for node in here if matches(node)]
         gone = [node for node in before if matches(node)] if not found else []
         if not found and not gone:
@@ -93,22 +93,22 @@ def unmet(forms: Mapping[str, Form], plan: Plan) -> list[str]:
     ]
 
 
-def _matcher(pattern: str) -> Callable[[ir.Node], bool]:
-    fits = _tester(pattern)
+def _matcher(pattern: str, option: str = "--keep-float") -> Callable[[ir.Node], bool]:
+    fits = _tester(pattern, option)
     return lambda node: (
         node.op_type == pattern
         or any(fits(name) for name in (node.name, *(value.name for value in node.outputs)) if name)
     )
 
 
-def _tester(pattern: str) -> Callable[[str], bool]:
+def _tester(pattern: str, option: str) -> Callable[[str], bool]:
     """Whether a name fits the pattern."""
     if pattern.startswith("re:"):
         try:
             expression = re.compile(pattern[3:])
         except re.error as error:
             raise RecipeError(
-                f"the pattern {pattern!r} of --keep-float is not a regular expression: {error}."
+                f"the pattern {pattern!r} of {option} is not a regular expression: {error}."
             ) from error
         return lambda name: expression.search(name) is not None
     prefix = pattern.rstrip("/") + "/"

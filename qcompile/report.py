@@ -105,8 +105,8 @@ class Result:
 def sized(before: float, after: float, digits: int = 2) -> str:
     """How a size has changed: `3.90x smaller`, or `1.25x larger`."""
     before, after = max(before, 1e-9), max(after, 1e-9)
-    larger = f"{after / before:.{digits}f}"
-    if after > before and float(larger) > 1:
+    larger = f"{after / before:.2f}"
+    if float(larger) > 1:
         return f"{larger}x larger"
     return f"{before / after:.{digits}f}x smaller"
 

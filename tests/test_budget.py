@@ -51,7 +51,7 @@ def test_shares_are_of_the_float_model() -> None:
 @pytest.mark.parametrize(
     ("budget", "words"),
     [(Budget(max_drop=0.001), "1% of what the outputs say is lost"), (Budget(min_sqnr=21), "20.0 dB SQNR, the limit is 21 dB"),
-     (Budget(max_size=3), "the size is 4.00 MB"), (Budget(max_latency=4), "the latency is 5 ms")],
+     (Budget(max_size=3), "the size is 4.00 MB"), (Budget(max_latency=4), "the latency is 5.00 ms")],
 )  # fmt: skip
 def test_what_is_missed(budget: Budget, words: str) -> None:
     assert words in budget.misses(point())[0]

@@ -12,6 +12,7 @@ import pytest
 from networks import from_text, linear_net, save
 
 from qcompile.errors import NotFiniteError
+from qcompile.graph import io
 from qcompile.quant.affine import LEAST_WEIGHT, too_small
 from qcompile.report import sized
 from qcompile.verify.kernels import Kernels, Verdict
@@ -143,7 +144,8 @@ def test_names_are_printed_as_they_are(desk: Desk) -> None:
 
 def test_what_grows_is_said_to_grow() -> None:
     assert sized(4, 1) == "4.00x smaller"
-    assert sized(1, 1.25, 1) == "1.2x larger"
+    assert sized(1, 1.25, 1) == "1.25x larger"
+    assert sized(100, 104, 1) == "1.04x larger"
     assert sized(1, 1.001) == "1.00x smaller"
     assert sized(0, 0) == "1.00x smaller"
 
@@ -171,3 +173,69 @@ def test_a_lookup_of_codes_counts_as_integer() -> None:
     assert Kernels((rows,), 0, 0, 0, {}).runs
     assert Kernels((merged,), 1, 0, 0, {}).runs
     assert not Kernels((merged,), 0, 0, 0, {}).runs
+
+
+def test_weights_beside_are_not_written_over_by_those_of_the_result(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(linear_net(), desk / "bar.onnx", data="foo.onnx.data")
+    before = (desk / "foo.onnx.data").read_bytes()
+    assert "foo.onnx.data is the external data of the model itself" in desk.refused(
+        "bar.onnx", "-o", "foo.onnx"
+    )
+    assert (desk / "foo.onnx.data").read_bytes() == before
+
+
+@pytest.mark.parametrize("bad", [[9], [1, 9], [0]])
+@pytest.mark.parametrize("algorithm", ["auto", "rtn"])
+def test_bad_samples_of_either_part_are_left_out(
+    desk: Desk, bad: list[int], algorithm: str
+) -> None:
+    nan_model(desk)
+    x = np.random.default_rng(0).random((10, 256)).astype(np.float32)
+    x[bad, 9] = -1
+    np.savez(desk / "d.npz", x=x)
+    words = (
+        "m.onnx",
+        "--data",
+        "d.npz",
+        "--recipe",
+        "int4",
+        "--algorithm",
+        algorithm,
+        "--no-timing",
+        "-o",
+        "r.onnx",
+    )
+    done = desk.run(*words, "--skip-bad")
+    assert done.code in (0, 4), done
+    assert done.out.count("left out: tensor 's' is NaN at index [0, 9]") == 1 + (bad == [1, 9])
+
+
+def test_no_good_sample_is_left(desk: Desk) -> None:
+    nan_model(desk)
+    x = np.random.default_rng(0).random((10, 256)).astype(np.float32)
+    np.savez(desk / "d.npz", x=-x)
+    words = ("m.onnx", "--data", "d.npz", "--recipe", "int4", "-o", "r.onnx", "--skip-bad")
+    assert "every other sample is bad as well" in desk.refused(*words)
+    x[[4, 9]] *= -1  # those that judge
+    np.savez(desk / "d.npz", x=x)
+    assert desk.refused(*words) == "every held-out sample is bad: give more samples with --data."
+
+
+def test_random_outputs_are_no_loss(desk: Desk) -> None:
+    text = "g (float[N,256] x) => (float[N,256] y, float[N,256] z) { y = MatMul(x, w) z = RandomNormalLike(y) }"
+    save(from_text(text, w=matrix()), desk / "m.onnx")
+    np.savez(desk / "d.npz", x=inputs())
+    assert desk.run("m.onnx", "--data", "d.npz", "--no-timing", "-o", "r.onnx").code in (0, 4)
+
+
+def test_constants_beside_the_model_are_its_data_too(desk: Desk) -> None:
+    model = from_text(f"{HEAD} {{ w = Constant<value = float[2] {{1, 2}}>() y = Neg(x) }}")
+    stored = model.graph.node[0].attribute[0].t
+    stored.CopyFrom(onnx.numpy_helper.from_array(matrix(), "w"))
+    onnx.external_data_helper.set_external_data(stored, "c.bin", 0, matrix().nbytes)
+    stored.ClearField("raw_data")
+    (desk / "c.bin").write_bytes(matrix().tobytes())
+    (desk / "m.onnx").write_bytes(model.SerializeToString())
+    assert {path.name for path in io.external_files(io.load(desk / "m.onnx"))} == {"c.bin"}

@@ -32,6 +32,7 @@ class Budget(Bench):
         """As `Bench.compile`, with the limit and the task's metric."""
         del recipe  # the limit decides
         task = out.parent.name
+        out.unlink(missing_ok=True)
         env = {
             "PYTHONPATH": os.pathsep.join([str(HERE), str(ROOT), os.environ.get("PYTHONPATH", "")]),
             "QCOMPILE_EVAL": str(self.kit), "QCOMPILE_TASK": task,
@@ -59,8 +60,8 @@ def table(report: dict[str, Any], drop: str) -> str:
     speeds = []
     for task, found in report["tasks"].items():
         float_row, row = found["rows"]
-        if row.get("why"):
-            lines.append(f"| {task} | {row['why']} |")
+        if why := row.get("why") or float_row.get("why"):
+            lines.append(f"| {task} | {why} |")
             continue
         share = (
             float(drop.rstrip("%")) / 100 * abs(float_row["value"])

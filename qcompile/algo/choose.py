@@ -65,7 +65,8 @@ class Factors:
 
     def __init__(self, H: Array) -> None:
         """`H` is (K, K)."""
-        self.H = H
+        self._H = H
+        self._scaled: dict[bytes, Factors] = {}
         self._made: dict[tuple[bool, float], Factor] = {}
 
     def get(self, *, order: bool, damp: float = 0.01) -> Factor:
@@ -79,17 +80,28 @@ class Factors:
             self._made[key] = prepare(self.H, order=order, damp=damp)
         return self._made[key]
 
+    @property
+    def H(self) -> Array:  # noqa: N802 - as everybody calls it
+        """E[x x'], (K, K)."""
+        return self._H
+
     def scaled(self, scale: Array) -> Factors:
         """Those of inputs that are divided by `scale`, (K,); what they are damped by is that of these."""
-        return _ScaledFactors(self, scale)
+        return self._scaled.setdefault(scale.tobytes(), _ScaledFactors(self, scale))
 
 
 class _ScaledFactors(Factors):
     """Made from the factors of inputs as they are."""
 
     def __init__(self, base: Factors, scale: Array) -> None:
-        super().__init__(base.H / np.outer(scale, scale))
+        super().__init__(base.H)
         self._base, self._scale = base, scale
+
+    @property
+    def H(self) -> Array:  # noqa: N802 - as everybody calls it
+        made: Array = self._H / self._scale
+        made /= self._scale[:, None]
+        return made
 
     def get(self, *, order: bool, damp: float = 0.01) -> Factor:
         key = order, damp

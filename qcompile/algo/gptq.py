@@ -69,9 +69,11 @@ class Factor:
         """
         turned = np.asarray(scale, np.float64)[self.order]
         left = self.left / np.square(turned)
+        share = self.share * turned.astype(np.float32)
+        share /= turned.astype(np.float32)[:, None]
         return dataclasses.replace(
             self,
-            share=(self.share * (turned / turned[:, None])).astype(np.float32),
+            share=share,
             left=(left / max(left.mean() if len(left) else 0.0, 1e-30)).astype(np.float32),
         )
 

@@ -19,7 +19,7 @@ from qcompile.calib.split import Judges
 from qcompile.decode import IDS, one_more
 from qcompile.errors import NotFiniteError, RecipeError
 from qcompile.fewbits.assign import Assignment, assign, others
-from qcompile.fewbits.bad import leave_out_bad
+from qcompile.fewbits.bad import check_samples
 from qcompile.fewbits.fit import bytes_before, fit, too_large
 from qcompile.fewbits.fold import fold_scales
 from qcompile.fewbits.forms import LEVEL, form_of, options_of, raised
@@ -79,16 +79,18 @@ def compile_weights(
         OutputError: the result cannot be written.
     """
     form = form_of(opened.recipe)
+    if opened.recipe.skip_bad:
+        check_samples(opened, show)
     try:
         prepared, assignment, found, balanced = _decide(opened, form, show)
     except NotFiniteError:
-        chosen = assign(opened.prepared, opened.recipe, opened.original).chosen
-        if not leave_out_bad(opened, opened.prepared, chosen, show):
-            raise
-        prepared, assignment, found, balanced = _decide(opened, form, show)
+        check_samples(opened, show)  # which of them it is
+        raise
     model = raised(prepared.clone(), opened.recipe, [scheme for _, scheme in assignment.chosen])
-    found = fold_scales(model, found, balanced)
     weights = {name: blocked for name, (blocked, _) in found.items()}
+    unfit = LowerNbits(weights, form).unfit(model)
+    kept = {name: made for name, made in found.items() if name not in unfit}
+    weights |= {name: made for name, (made, _) in fold_scales(model, kept, balanced).items()}
     outcome = run_pass(LowerNbits(weights, form, opened.recipe.accuracy_level), model)
     restore(model, documentation(prepared))
     release(opened.original)  # and with it what was read of the prepared graph, to be solved

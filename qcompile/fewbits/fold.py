@@ -13,7 +13,8 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
-from passes.smooth_linear import SmoothLinear
+from passes.smooth_linear import MARK, SmoothLinear
+from qcompile.errors import PassError
 from qcompile.fewbits.sequential import Found
 from qcompile.graph.edit import is_op
 from qcompile.solve.smoothing import Smoothing, find_path, takers
@@ -24,12 +25,15 @@ def fold_scales(model: ir.Model, found: Found, scales: Mapping[str, Smoothing]) 
     """Divide constants of the float graph by `scales`, in place, and return the codes with the rows that are divided.
 
     Args:
-        model: the float graph that `found` was made for; the weights of products that are in `found` stay as they are.
+        model: the float graph that `found` was made for; the weights of products that are in `found`, which codes will
+            replace, stay as they are.
         found: codes by node name.
         scales: by the tensor that is divided.
     """
     if not scales:
         return found
+    for node in model.graph:  # left by whatever made the model
+        node.metadata_props.pop(MARK, None)
     factors: dict[str, np.ndarray[tuple[int], np.dtype[np.float64]]] = {}
     values = {value.name: value for node in model.graph for value in node.outputs}
     for tensor, one in scales.items():
@@ -40,7 +44,9 @@ def fold_scales(model: ir.Model, found: Found, scales: Mapping[str, Smoothing]) 
                 assert one.place is not None
                 factor = factors.setdefault(name, np.ones(taker.width))
                 factor[list(one.place.channels)] /= one.scale
-    run_pass(SmoothLinear(scales, found.keys()), model)
+    skipped = run_pass(SmoothLinear(scales, found.keys()), model).skipped
+    if skipped:
+        raise PassError(f"a scale that codes are made for was not applied: {skipped}.")
     made = dict(found)
     for name, factor in factors.items():
         blocked, tally = found[name]

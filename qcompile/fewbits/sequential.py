@@ -97,7 +97,8 @@ def solve_in_order(
     nodes = list(prepared.graph)
     inputs = {value.name or "" for value in prepared.graph.inputs}
     streams = Streams(prepared, facts, recipe, [*samples, *held_out], len(samples))
-    schemes = {item.name: scheme for item, scheme in tapped}
+    # the codes of a matrix that others read meet inputs that nobody divides
+    schemes = {item.name: scheme for item, scheme in tapped if not item.shared}
     free = _free(prepared, schemes, facts) if recipe.algorithm in _BALANCED else {}
     if recipe.max_size is not None:
         free = {tensor: group for tensor, group in free.items() if _takes_no_room(prepared, group)}
@@ -198,14 +199,15 @@ class _Level:
 
         def one(pair: Chosen) -> tuple[str, tuple[Blocked, Tally]]:
             item, scheme = pair
-            made = _solve(
+            return item.name, _solve(
                 item, scheme, self.algorithm, self.factors[item.name], self.drifts[item.name],
                 scales.get(self.taps[item.name]),
             )  # fmt: skip
-            tick()
-            return item.name, made
 
-        found = dict(pool.map(one, self.chosen))
+        found: Found = {}
+        for name, made in pool.map(one, self.chosen):
+            found[name] = made
+            tick()
         for tensor in tensors:
             tallies = [found[name][1] for name in free[tensor].nodes]
             if scales[tensor] is not None and any(one.error > one.rtn for one in tallies):

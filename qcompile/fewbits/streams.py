@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from passes.lower_nbits import LowerNbits
-from passes.smooth_linear import SmoothLinear
+from passes.smooth_linear import MARK, SmoothLinear
 from qcompile.algo.blocks import Blocked
 from qcompile.algo.drift import Behind, Drift
 from qcompile.fewbits.cut import Part, part_model
@@ -142,6 +142,8 @@ class Streams:
             if (nodes := tuple(name for name in one.nodes if name in there))
         }
         if scales:
+            for node in model.graph:
+                node.metadata_props.pop(MARK, None)
             run_pass(SmoothLinear(scales, there), model)
         if weights:  # float activations: of many rows at once, products are then faster
             run_pass(LowerNbits(weights, accuracy_level=0), model)

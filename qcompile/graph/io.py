@@ -241,13 +241,17 @@ def file_bytes(path: Path) -> int:
 
 
 def external_files(model: ir.Model) -> set[Path]:
-    """The files beside the model's own that hold weights of it."""
-    return {
-        Path(value.const_value.path)
-        for graph in model.graphs()
-        for value in graph.initializers.values()
-        if isinstance(value.const_value, ir.ExternalTensor)
-    }
+    """The files beside the model's own that hold weights of it, or constants of its nodes."""
+    held: list[object] = []
+    for graph in (*model.graphs(), *(function.graph for function in model.functions.values())):
+        held += [value.const_value for value in graph.initializers.values()]
+        held += [
+            attribute.value
+            for node in graph
+            for attribute in node.attributes.values()
+            if attribute.type == ir.AttributeType.TENSOR
+        ]
+    return {Path(tensor.path) for tensor in held if isinstance(tensor, ir.ExternalTensor)}
 
 
 def check_outside(place: Path, model: Path) -> None:
@@ -257,9 +261,11 @@ def check_outside(place: Path, model: Path) -> None:
         OutputError: writing it would destroy them.
         ModelError: the model cannot be read.
     """
-    if place.exists():
-        for file in external_files(load(model, mapped=True)):
-            check_apart(place, {"the external data of the model": file})
+    there = [file for file in (place, data_file(place)) if file.exists()]
+    if there:
+        for file in sorted(external_files(load(model, mapped=True))):
+            for one in there:
+                check_apart(one, {"the external data of the model": file})
 
 
 def save(model: ir.Model, path: Path) -> None:

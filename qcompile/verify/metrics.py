@@ -18,6 +18,7 @@ _AT_ONCE = 1 << 20  # values that are compared at once
 _QUIET = 1e-6  # of the power of all samples of as many values: less is silence, which has no SQNR of its own
 _CONSTANT = 1e-12  # of the mean square, that values of one number vary by, as sums round
 _UNRELATED = 0.1  # a cosine below is that of chance
+_ROUNDING = (1e-12, 1e-5)  # sizes of what is left of float32 numbers around 1 that cancel
 _FEW = 16  # values that may have it by chance
 MOST_DB = 300.0  # beyond, a ratio of powers leaves float64
 
@@ -26,6 +27,7 @@ MOST_DB = 300.0  # beyond, a ratio of powers leaves float64
 class Part:
     """A slice of an output: `start:stop` along `axis`; `axis` None is the whole output.
 
+    `chance`: random numbers of the model's own are in it, another time others.
     `decides`: the last axis holds scores of classes, `logits` or `probabilities`; "" if it does not, or if that
     is not known.
     """
@@ -35,6 +37,7 @@ class Part:
     start: int = 0
     stop: int = 0
     decides: Literal["", "logits", "probabilities"] = ""
+    chance: bool = False
 
     def of(self, values: Array) -> Array:
         """The values of the slice, a view."""
@@ -191,7 +194,10 @@ class Error:
     @property
     def unrelated(self) -> bool:
         """Whether the result has nothing of the reference: more noise than signal, and hardly any cosine."""
-        if self.count < _FEW or self.discrete or not self.power:
+        if self.count < _FEW or self.discrete or not self.power or self.part.chance:
+            return False
+        low, high = _ROUNDING
+        if low < math.sqrt(self.power / self.count) and math.sqrt(self.noise / self.count) < high:
             return False
         return self.noise >= self.power and self.cosine < _UNRELATED
 

@@ -16,6 +16,9 @@ from qcompile.graph.edit import array, attribute, is_op
 from qcompile.run.probe import Fact
 from qcompile.verify.metrics import Part
 
+_RANDOM = (
+    "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout",
+)  # fmt: skip
 _MAX_PARTS = 64
 _RANK = 2  # least rank, and number of classes, of scores
 _STEPS = 6  # operators that a question about an output goes back
@@ -28,7 +31,7 @@ def parts_of(output: ir.Value, facts: Mapping[str, Fact]) -> list[Part]:
     There are none where their sizes may vary from sample to sample: neither the output's dimension nor
     those of all of the Concat's inputs are declared as numbers.
     """
-    whole = Part("all", decides=decides(output, facts))
+    whole = Part("all", decides=decides(output, facts), chance=_by_chance(output))
     found = concat_behind(output, facts)
     if found is None:
         return [whole]
@@ -47,9 +50,36 @@ def parts_of(output: ir.Value, facts: Mapping[str, Fact]) -> list[Part]:
     parts, start = [whole], 0
     for value, size in zip(node.inputs, sizes, strict=True):
         assert value is not None
-        parts.append(Part(f"[{start}:{start + size}] {value.name}", place, start, start + size))
+        parts.append(
+            Part(
+                f"[{start}:{start + size}] {value.name}",
+                place,
+                start,
+                start + size,
+                chance=whole.chance,
+            )
+        )
         start += size
     return parts
+
+
+def _by_chance(output: ir.Value) -> bool:
+    """Whether random numbers go into an output."""
+    seen: set[ir.Node] = set()
+    waiting = [output.producer()]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        bodies = [
+            a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH
+        ]
+        inner = [one for body in bodies for one in body]
+        if any(is_op(one, *_RANDOM) for one in (node, *inner)):
+            return True
+        waiting += [value.producer() for value in node.inputs if value is not None]
+    return False
 
 
 def decides(output: ir.Value, facts: Mapping[str, Fact]) -> Literal["", "logits", "probabilities"]:

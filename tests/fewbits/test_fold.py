@@ -14,6 +14,9 @@ from networks import from_text
 from workbench import weight
 
 from passes.lower_nbits import LowerNbits
+from passes.smooth_linear import MARK
+from qcompile import compile_model
+from qcompile.errors import PassError
 from qcompile.fewbits import sequential
 from qcompile.fewbits.assign import Assignment, assign
 from qcompile.fewbits.fold import fold_scales
@@ -191,3 +194,56 @@ def test_what_others_read_or_has_8_bits_is_not_scaled() -> None:
         from_text(f"{head} {{ {text} }}".replace("Add(a1, b1)", "Sum(a1, b1, n)"), **rows)
     )
     assert solved(read, feeds)[2] == {}
+
+
+SHARED = "[s] n = Mul(x, g) [p] y = MatMul(n, a) r = Relu(x) m = Mul(r, h) [q] z = MatMul(m, a)"
+
+
+def test_a_matrix_that_others_read_has_no_scale() -> None:
+    """Its codes meet inputs that nobody divides: 7 dB instead of 18."""
+    rng = np.random.default_rng(0)
+    rows = np.exp(rng.normal(0, 1.5, (64, 1))).astype(np.float32)
+    weights = {
+        "a": weight(64, 64) * rows,
+        "g": np.ones(64, np.float32),
+        "h": np.full(64, 2, np.float32),
+    }
+    head = "g (float[n,64] x) => (float[n,64] y, float[n,64] z)"
+    model = graph_of(from_text(f"{head} {{ {SHARED} }}", **weights))
+    feeds = [{"x": rng.normal(size=(40, 64)).astype(np.float32)} for _ in range(8)]
+    assert solved(model, feeds)[2] == {}
+
+
+def test_a_product_that_gets_no_codes_keeps_its_input() -> None:
+    """Portable 2-bit codes of 66 rows run wrongly in ORT, so that it stays float, with weights as they were."""
+    rng = np.random.default_rng(0)
+    W = weight(64, 66) * np.exp(rng.normal(0, 1, (64, 1))).astype(np.float32)
+    text = "g (float[n,64] x) => (float[n,66] y) { z = Relu(x) n = Mul(z, g) [p] y = MatMul(n, a) }"
+    model = from_text(text, a=W, g=np.ones(64, np.float32))
+    feeds = [{"x": rng.normal(size=(40, 64)).astype(np.float32)} for _ in range(8)]
+    recipe = dataclasses.replace(INT4, bits=2, block=64, format="qdq", bench_seconds=0.05)
+    result = compile_model(model, feeds, recipe=recipe)
+    assert result.worst_db > 100
+    assert [row["node"] for row in result.kept_float] == ["p"]
+
+
+def test_marks_that_a_model_came_with_do_not_hinder() -> None:
+    model = uneven()
+    for node in model.graph.node:
+        entry = node.metadata_props.add()
+        entry.key, entry.value = MARK, "0.5"
+    _, found, scales = solved(graph_of(model))
+    graph = graph_of(model)
+    folded = fold_scales(graph, found, scales)
+    true = outputs(effective(model, WEIGHTS, found, scales), FEEDS[-1])
+    got = outputs(with_codes(graph, folded), FEEDS[-1])
+    np.testing.assert_allclose(got, true, rtol=1e-3, atol=1e-4 * np.abs(true).max())
+
+
+def test_a_scale_that_cannot_be_applied_is_a_defect() -> None:
+    model = uneven()
+    _, found, scales = solved(graph_of(model))
+    tensor = next(iter(scales))
+    broken = {tensor: dataclasses.replace(scales[tensor], nodes=("head",))}
+    with pytest.raises(PassError, match="was not applied"):
+        fold_scales(graph_of(model), found, broken)

@@ -140,6 +140,8 @@ def test_a_slice_that_has_nothing_of_the_reference() -> None:
     assert error((y, other)).unrelated
     assert error((y, -y)).unrelated
     assert error((y * F32(1e-20), other)).unrelated
+    assert error((y * F32(1e-30), other * F32(1e-29))).unrelated
+    assert not error((y * F32(1e-7), other * F32(1e-7))).unrelated  # what cancels in float32
     assert error((y, other)).drop == 1.0
     for result in (y, y + F32(0.9) * other, F32(1e-3) * y, F32(3) * y):  # noise alone does not tell
         assert not error((y, result)).unrelated

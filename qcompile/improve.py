@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from passes.absorb_bias import AbsorbBias
 from passes.bound_masks import BoundMasks
 from passes.scale_channels import ScaleChannels
 from passes.smooth_linear import SmoothLinear
-from qcompile.accept import accept, better
+from qcompile.accept import accept, better, spare
 from qcompile.algo.equalization import Array
 from qcompile.errors import ModelError
 from qcompile.opened import Opened
@@ -191,7 +191,24 @@ def _smoothed(
     def step(names: Sequence[str]) -> Pass:
         return SmoothLinear({name: found[name] for name in names})
 
-    return _keep(step, list(found), shop, request, best, opened, log, "inputs of products smoothed")
+    # a float share beside a product saves outliers, which no scale does
+    worth = {
+        n: (bool(s.keep), s.error_before / max(s.error_after, 1e-30)) for n, s in found.items()
+    }
+    costly = [name for name, item in found.items() if not item.fold]
+    what = "inputs of products smoothed"
+    return _keep(
+        step,
+        list(found),
+        shop,
+        request,
+        best,
+        opened,
+        log,
+        what,
+        costly=costly,
+        worth=worth.__getitem__,
+    )
 
 
 def _rounded(shop: Workshop, best: Attempt, log: Log) -> Attempt:
@@ -228,10 +245,11 @@ def _rounded(shop: Workshop, best: Attempt, log: Log) -> Attempt:
 def _keep(
     step: Callable[[Sequence[str]], Pass], names: Sequence[str], shop: Workshop, request: Request,
     best: Attempt, opened: Opened, log: Log, what: str, detail: Callable[[Sequence[str]], str] = lambda _: "",
+    costly: Sequence[str] = (), worth: Callable[[str], Any] = len,
 ) -> tuple[Workshop, Attempt]:  # fmt: skip
     """What helps of the changes that `step` makes for names; what it rescales is observed once, for all of them.
 
-    `detail` is a further sentence on what was kept.
+    `detail` is a further sentence on what was kept. Of those that are `costly`, some of little `worth` may go again.
     """
     shops: dict[int, Workshop] = {}
 
@@ -249,6 +267,7 @@ def _keep(
             whole, rescaled = _rewritten(shop, opened, step(names))
             known = whole.observe_again(rescaled)
             found = accept(names, judge, best, most=_TRIES)
+            spare(found, judge, costly, worth)
         except ModelError as error:
             logger.warning("%s: %s", what, error)
             return shop, best

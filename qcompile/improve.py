@@ -34,7 +34,7 @@ from qcompile.step import Pass, run_pass
 from qcompile.workshop import LARGE, Attempt, Workshop
 
 logger = logging.getLogger(__name__)
-_QUICK = 8  # held-out samples that judge
+_QUICK = 24  # held-out samples that judge: all; of 8, divergence is chance
 _TRIES = 12  # evaluations a kind
 _FEEDS = 16  # calibration feeds that products are smoothed on
 _ROUNDED = 64  # calibration feeds that codes of weights are searched on

@@ -23,7 +23,7 @@ from qcompile.verify.metric import Metric
 from qcompile.workshop import LARGE, Attempt, Ranging, Workshop
 
 logger = logging.getLogger(__name__)
-_QUICK = 8  # held-out samples that choose between range methods
+_QUICK = 24  # held-out samples that choose: all; of 8, divergence is chance
 _FINE_DB = 45.0  # no tuning above this
 _WORTH_IT = 1.2  # speed-up that leaving nodes float for accuracy must not go below
 _STILL = 0.96  # share of a speed-up below that which accuracy may still cost

@@ -300,16 +300,24 @@ def working_folder(kept: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
+def find_kit(chosen: Path | None, tool: str) -> Path | None:
+    """The folder of evaluate.py; None, and a sentence, where there is none."""
+    given = chosen or os.environ.get("QCOMPILE_EVAL")
+    kit = Path(given).resolve() if given else (ROOT / BESIDE).resolve()
+    if (kit / "evaluate.py").exists():
+        return kit
+    say(
+        f"{tool}: there is no evaluate.py in {given or BESIDE}: point to its folder with --eval DIR or "
+        "the environment variable QCOMPILE_EVAL."
+    )
+    return None
+
+
 def main() -> int:
     """Exit code 2 if there is no evaluation kit."""
     args = arguments()
-    given = args.eval or os.environ.get("QCOMPILE_EVAL")
-    kit = Path(given).resolve() if given else (ROOT / BESIDE).resolve()
-    if not (kit / "evaluate.py").exists():
-        say(
-            f"bench.py: there is no evaluate.py in {given or BESIDE}: point to its folder with --eval DIR or "
-            "the environment variable QCOMPILE_EVAL."
-        )
+    kit = find_kit(args.eval, "bench.py")
+    if kit is None:
         return 2
     with working_folder(args.work) as work:
         text = markdown(Bench(args, kit, work).run())

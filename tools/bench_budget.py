@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import BESIDE, HERE, ROOT, TASKS, Bench, names, say, working_folder
+from bench import HERE, ROOT, TASKS, Bench, find_kit, names, say, working_folder
 from bench_process import measured
 
 UNLABELLED = ("coco", "vad")  # the calibration split of these tasks has no labels
@@ -101,12 +101,8 @@ def main() -> int:
     parser.add_argument("--time-limit", type=float, default=900.0, help="seconds for a model")
     parser.set_defaults(tools=["qcompile"], limit=None, threads=2, seconds=8.0, nncf_python=None)
     args = parser.parse_args()
-    given = args.eval or os.environ.get("QCOMPILE_EVAL")
-    kit = Path(given).resolve() if given else (ROOT / BESIDE).resolve()
-    if not (kit / "evaluate.py").exists():
-        say(
-            f"bench_budget.py: there is no evaluate.py in {given or BESIDE}: point to its folder with --eval DIR."
-        )
+    kit = find_kit(args.eval, "bench_budget.py")
+    if kit is None:
         return 2
     with working_folder(args.work) as work:
         report = Budget(args, kit, work).run()

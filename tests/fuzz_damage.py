@@ -136,7 +136,7 @@ def damaged_model(random: Random, data: bytes) -> bytes:
             *(v.name for v in graph.input),
             *(t.name for t in graph.initializer),
             *(o for n in nodes for o in n.output),
-        ]
+        ] or ["gone"]  # earlier damage may have taken them all
         odd = random.choice((-(1 << 63), -1, 0, 1, 2, 7, 64, 1 << 31, 1 << 40, (1 << 63) - 1))
         tensors = [
             *graph.initializer,

@@ -259,6 +259,14 @@ def bad_utf8(folder: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"QQQQQQQQ", b"\xff\xfe\xc3\x28\xa0\xf0\x28\x8c"))
 
 
+def bad_metadata(folder: Path) -> None:
+    """Metadata whose key is no text."""
+    model = linear_net()
+    model.metadata_props.add(key="QQQQQQQQ", value="me")
+    data = model.SerializeToString().replace(b"QQQQQQQQ", b"\xff\xfe\xc3\x28\xa0\xf0\x28\x8c")
+    (folder / "m.onnx").write_bytes(data)
+
+
 def many_dims(folder: Path) -> None:
     """A weight of 10,000 dimensions."""
     weight(dims=[1] * 10_000 + [256, 256])(folder)

@@ -74,6 +74,7 @@ REFUSED: dict[str, tuple[Maker, str]] = {
     "custom operator": (hostile.strange("mine"), "mine:Strange.* is not a registered function/op"),
     "unknown contrib operator": (hostile.strange("com.microsoft"), "is not a registered function/op"),
     "long domain": (hostile.strange("d" * 5000), "ONNX Runtime refuses m.onnx"),
+    "bytes as metadata": (hostile.bad_metadata, r"the metadata b'\\xff.*' is not UTF-8: " + EXPORT),
     "bytes as name": (hostile.bad_utf8, r"the name b'\\xff.*' is not UTF-8: " + EXPORT),
 }  # fmt: skip
 HANDLED: dict[str, Maker] = {

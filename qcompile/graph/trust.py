@@ -45,7 +45,7 @@ def check(model: ir.Model, where: str, path: Path | None) -> None:
     Raises:
         ModelError: a tensor has other data than its shape and type take, or data that is missing, too short or outside
             of the model's folder; functions call themselves or expand to too many nodes; bodies are too deep; a name
-            is not UTF-8.
+            or metadata is not UTF-8.
     """
     _check_depth(model, where)
     for name, tensor in _tensors(model):
@@ -253,6 +253,10 @@ def _check_functions(model: ir.Model, where: str) -> None:
 
 def _check_nodes(model: ir.Model, where: str) -> None:
     """What is not UTF-8, protobuf gives as bytes; texts made in Python may hold half a surrogate pair."""
+    holders = [model, *(held for graph in _graphs(model) for held in (graph, *graph))]
+    for key, value in (entry for held in holders for entry in held.metadata_props.items()):
+        if not (_is_text(key) and _is_text(value)):
+            raise ModelError(f"{where}: the metadata {key!r} is not UTF-8: export the model again.")
     for graph in _graphs(model):
         names = [value.name for value in (*graph.inputs, *graph.initializers.values())]
         for node in graph:

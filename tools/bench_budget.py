@@ -70,7 +70,7 @@ def table(report: dict[str, Any], drop: str) -> str:
         )
         loss = row["change"] if task in LOWER else -row["change"]
         kept = loss <= share + row["change_sigma"]
-        what = "agreement" if task in UNLABELLED else row["name"]
+        what = "cosine or decisions" if task in UNLABELLED else row["name"]
         speed = min(times["speedup"] for times in row["latency"].values())
         speeds.append(speed)
         lines.append(

@@ -34,7 +34,7 @@ from qcompile.step import Pass, run_pass
 from qcompile.workshop import LARGE, Attempt, Workshop
 
 logger = logging.getLogger(__name__)
-_QUICK = 24  # held-out samples that judge: all; of 8, divergence is chance
+_JUDGES = 24  # held-out samples that judge: all; of 8, divergence is chance
 _TRIES = 12  # evaluations a kind
 _FEEDS = 16  # calibration feeds that products are smoothed on
 _ROUNDED = 64  # calibration feeds that codes of weights are searched on
@@ -96,7 +96,7 @@ def _bounded(
         except ModelError as error:
             logger.warning("bounded masks: %s", error)
             return shop, request, best
-    changed.judge(attempt, _QUICK)
+    changed.judge(attempt, _JUDGES)
     if not better(attempt, best, _HARM):
         log.notes.append(
             f"{gained[0]} stays float: with its mask bounded and in 8 bits the result has {attempt.db:.1f} dB, not {best.db:.1f}."
@@ -180,7 +180,7 @@ def _smoothed(
     products = [e.node for e in best.plan.of(Form.DYNAMIC) if _is_product(shop, e.node)]
     with shop.progress.stage("smoothing"):
         found = solve_smoothing(
-            shop.prepared, shop.facts, products, shop.samples.few(_FEEDS), shop.held_out(_QUICK),
+            shop.prepared, shop.facts, products, shop.samples.few(_FEEDS), shop.held_out(_JUDGES),
             weight=shop.target.weight, saturating=shop.target.saturating, threads=shop.recipe.threads,
         )  # fmt: skip
     if best.db >= _FREE_DB:
@@ -220,7 +220,7 @@ def _rounded(shop: Workshop, best: Attempt, log: Log) -> Attempt:
     with shop.progress.stage("searching how weights round", layers) as tick:
         weights, gains = reconstruct(
             shop.prepared, best.plan, shop.found, before.params, before.weights,
-            shop.samples.few(_ROUNDED), shop.held_out(_QUICK), shop.facts,
+            shop.samples.few(_ROUNDED), shop.held_out(_JUDGES), shop.facts,
             means=means if shop.recipe.bias_correction else None, memory=shop.recipe.memory,
             threads=shop.recipe.threads, tick=lambda: tick(1, None),
         )  # fmt: skip
@@ -230,7 +230,7 @@ def _rounded(shop: Workshop, best: Attempt, log: Log) -> Attempt:
         rounded = {**best.ranging.rounded, **{name: weights[name] for name in chosen}}
         ranging = dataclasses.replace(best.ranging, rounded=rounded)
         attempt = shop.attempt(best.plan, ranging, best.form)
-        shop.judge(attempt, _QUICK)
+        shop.judge(attempt, _JUDGES)
         return attempt
 
     found = accept(names, judge, best, most=_ROUNDING_TRIES)
@@ -257,7 +257,7 @@ def _keep(
         changed, names_changed = _rewritten(shop, opened, step(chosen))
         changed.replace({name: stats for name, stats in known.items() if name in names_changed})
         attempt = changed.attempt(changed.plan(_same(request, best.plan)), best.ranging, best.form)
-        changed.judge(attempt, _QUICK)
+        changed.judge(attempt, _JUDGES)
         shops[id(attempt)] = changed
         tick(1, None)
         return attempt

@@ -23,7 +23,7 @@ from qcompile.verify.metric import Metric
 from qcompile.workshop import LARGE, Attempt, Ranging, Workshop
 
 logger = logging.getLogger(__name__)
-_QUICK = 24  # held-out samples that choose: all; of 8, divergence is chance
+_JUDGES = 24  # held-out samples that choose: all; of 8, divergence is chance
 _FINE_DB = 45.0  # no tuning above this
 _WORTH_IT = 1.2  # speed-up that leaving nodes float for accuracy must not go below
 _STILL = 0.96  # share of a speed-up below that which accuracy may still cost
@@ -98,14 +98,14 @@ def choose_ranges(shop: Workshop, plan: Plan, form: Format, history: History) ->
     with shop.progress.stage("solving and checking", len(methods)) as step:
         for method in methods:
             attempt = shop.attempt(plan, Ranging(method), form)
-            shop.judge(attempt, _QUICK)
+            shop.judge(attempt, _JUDGES)
             attempts.append(attempt)
             step(1, None)
         if len(attempts) > 1:  # and a mixture of all methods
             general = min(attempts, key=lambda a: a.noise).ranging.method
             mixed = Ranging(general, tune.local_ranges(shop, plan))
             attempts.append(shop.attempt(plan, mixed, form))
-            shop.judge(attempts[-1], _QUICK)
+            shop.judge(attempts[-1], _JUDGES)
     best = min(attempts, key=lambda a: a.noise)
     if 0 < len(plan.of(Form.STATIC)) <= LARGE and shop.recipe.bias_correction:
         best = _shifted(shop, best)
@@ -121,7 +121,7 @@ def choose_ranges(shop: Workshop, plan: Plan, form: Format, history: History) ->
 def _shifted(shop: Workshop, best: Attempt) -> Attempt:
     """The same with biases corrected for the inputs' error as well, if that is better."""
     attempt = shop.attempt(best.plan, dataclasses.replace(best.ranging, shift=True), best.form)
-    shop.judge(attempt, _QUICK)
+    shop.judge(attempt, _JUDGES)
     return attempt if attempt.noise < best.noise else best
 
 
@@ -132,7 +132,7 @@ def _tune(shop: Workshop, best: Attempt, found: tune.Sensitivity, history: Histo
         return best
     ranging = Ranging(best.ranging.method, {**best.ranging.single, **single})
     attempt = shop.attempt(best.plan, ranging, best.form)
-    shop.judge(attempt, _QUICK)
+    shop.judge(attempt, _JUDGES)
     if shop.recipe.bias_correction:
         attempt = _shifted(shop, attempt)
     if attempt.noise >= best.noise:
@@ -165,7 +165,7 @@ def _faster(
             current.speedup = _speed(shop, current, opened)
             logger.info("planned again: %.2fx", current.speedup)
             if current.speedup > best.speedup:
-                shop.judge(current, _QUICK)
+                shop.judge(current, _JUDGES)
                 goal = shop.recipe.min_sqnr or shop.recipe.sqnr_goal
                 if current.db < min(goal, best.db - _WORTH_DB):
                     history.notes.append(
@@ -191,7 +191,7 @@ def _more_accurate(
     enough = min(_WORTH_IT, max(_STILL * best.speedup, _LEAST))
     differ = max(_DIFFER, _FEW / max(best.comparison.decisions, 1))
     limits = Budget(max_drop=differ, min_sqnr=goal, min_speedup=enough)
-    referee = Referee(opened, seconds=_SECONDS, samples=_QUICK, limits=limits)
+    referee = Referee(opened, seconds=_SECONDS, samples=_JUDGES, limits=limits)
     frontier.within(shop, request, best, found.noise, referee)
     assert referee.best is not None
     new = referee.best.attempt

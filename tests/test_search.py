@@ -85,7 +85,7 @@ def test_corrections_are_kept_only_if_they_help(monkeypatch: pytest.MonkeyPatch)
     true_judge = bench.shop.judge
 
     def judge(attempt: Attempt, limit: int | None = None) -> Any:
-        if limit == search._QUICK:
+        if limit == search._JUDGES:
             judged.append(attempt)
         return true_judge(attempt, limit)
 

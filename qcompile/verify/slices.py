@@ -17,7 +17,7 @@ from qcompile.run.probe import Fact
 from qcompile.verify.metrics import Part
 
 _RANDOM = (
-    "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout",
+    "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial",
 )  # fmt: skip
 _MAX_PARTS = 64
 _RANK = 2  # least rank, and number of classes, of scores
@@ -76,10 +76,15 @@ def _by_chance(output: ir.Value) -> bool:
             a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH
         ]
         inner = [one for body in bodies for one in body]
-        if any(is_op(one, *_RANDOM) for one in (node, *inner)):
+        if any(is_op(one, *_RANDOM) or _drops(one) for one in (node, *inner)):
             return True
         waiting += [value.producer() for value in node.inputs if value is not None]
     return False
+
+
+def _drops(node: ir.Node) -> bool:
+    """Whether a Dropout may be one of training, which its third input says; without it, it does nothing."""
+    return is_op(node, "Dropout") and len(node.inputs) > 2 and node.inputs[2] is not None
 
 
 def decides(output: ir.Value, facts: Mapping[str, Fact]) -> Literal["", "logits", "probabilities"]:

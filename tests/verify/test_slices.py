@@ -194,3 +194,18 @@ def test_a_head_of_boxes_and_scores() -> None:
         "output 'y', slice [4:6] s is constant: all its information is lost."
     ]
     assert next(error.part for error in errors) == Part("all")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "chance"),
+    [
+        ("y = Neg(a)", False),
+        ("r = RandomNormalLike(a) s = Add(a, r) y = Neg(s)", True),
+        ("y = Dropout(a)", False),
+        ("y = Dropout(a, , yes)", True),
+    ],
+)
+def test_whether_an_output_is_random(nodes: str, chance: bool) -> None:
+    text = f"g (float[4] a) => (float[4] y) <bool yes = {{1}}> {{ {nodes} }}"
+    model = parse(text)
+    assert [p.chance for p in parts_of(model.graph.outputs[0], {})] == [chance]

@@ -71,7 +71,7 @@ def build(
     run_pass(InsertQdq(plan, found, tensors, solution.params, solution.weights), model)
     if form == "fused":
         run_pass(LowerInteger(plan), model)
-    run_pass(GuardFloat(plan), model)
+    run_pass(GuardFloat(plan, fused=form == "fused"), model)
     low = model.opset_imports.get("", _QDQ_OPSET) < _QDQ_OPSET
     if form == "qdq" and plan.quantizes and low:
         model = io.convert_opset(model, _QDQ_OPSET)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 from lowering import constant
 from rewrites import assert_refuses, assert_rewrites, parse
 
 from passes.guard_float import GuardFloat
 from qcompile.plan.plan import Form, NodePlan, Plan
-from qcompile.run.session import Options
+from qcompile.run.session import Options, Session
 from qcompile.step import run_pass
 from qcompile.verify.kernels import optimized
 
@@ -129,3 +131,75 @@ def test_ort_takes_the_float_kernel_only_behind_a_guard(middle: str, slow: str |
     assert integer_pool(kernels()), "ORT has changed: is the guard still needed?"
     run_pass(GuardFloat(), model)
     assert not integer_pool(kernels())
+
+
+# ---- weights that ORT quantizes by itself
+
+WEIGHTS = f"{constant('f', 4, 4, 3, 3)}, {constant('b', 4)}, {constant('m', 4, 4)}"
+CONV = "Conv<pads = [1, 1, 1, 1]>"
+BOUNDS = "float low = {0}, float high = {6}"
+
+
+def between(middle: str, last: str = "t") -> str:
+    """Float nodes between a DequantizeLinear and a QuantizeLinear."""
+    return (
+        f"g (float[1,4,8,8] x) => (float[A,B,C,D] y) <{WEIGHTS}, {NUMBERS}, {BOUNDS}> {{ c = QuantizeLinear(x, s, z) "
+        f"d = DequantizeLinear(c, s, z) {middle} q = QuantizeLinear({last}, s, z) y = DequantizeLinear(q, s, z) }}"
+    )
+
+
+def eight_bits(model: ir.Model) -> bool:
+    """Whether ORT gives something an 8-bit weight."""
+    values = optimized(model, Options("all", threads=1)).graph.initializers.values()
+    return any(value.dtype is ir.DataType.INT8 for value in values)
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [f"t = {CONV}(d, f)", f"t = {CONV}(d, f, b)", f"p = {CONV}(d, f, b) t = Relu(p)", f"p = {CONV}(d, f) t = Clip(p, low, high)",
+     "t = ConvTranspose<pads = [1, 1, 1, 1]>(d, f, b)"],
+)  # fmt: skip
+def test_a_float_product_keeps_its_weight(middle: str) -> None:
+    """ORT gave it an 8-bit weight with one scale, whatever the error."""
+    assert_rewrites(GuardFloat(), between(middle), between(f"{middle} g = Max(t)", "g"))
+    model = parse(between(middle))
+    assert eight_bits(model), "ORT has changed: is the guard still needed?"
+    run_pass(GuardFloat(), model)
+    assert not eight_bits(model)
+
+
+@pytest.mark.parametrize("activation", ["", "Relu(p)", "Clip(p, low, high)", "Clip(p, , high)"])
+def test_the_fused_form_needs_no_further_node(activation: str) -> None:
+    name = activation.partition("(")[0]
+    middle = f"p = {CONV}(d, f, b) t = {activation}" if activation else f"t = {CONV}(d, f, b)"
+    model = parse(between(middle))
+    before = model.clone()
+    assert run_pass(GuardFloat(fused=True), model).changed
+    assert not run_pass(GuardFloat(fused=True), model).changed
+    node = next(node for node in model.graph if node.op_type == "FusedConv")
+    assert node.domain == "com.microsoft"
+    assert ("activation" in node.attributes) == bool(name)
+    assert name not in [n.op_type for n in model.graph]
+    assert not eight_bits(model)
+    feed = {"x": np.random.default_rng(1).normal(size=(1, 4, 8, 8)).astype(np.float32)}
+    exact = Options("off", threads=1)
+    results = [Session(m, exact).run(feed)[0] for m in (before, model)]
+    assert np.array_equal(*results)
+
+
+@pytest.mark.parametrize(
+    "middle",
+    [f"n = Neg(d) t = {CONV}(n, f)", f"p = {CONV}(d, f) t = Neg(p)", f"k = {CONV}(d, f) t = Add(k, k)", "t = Relu(d)",
+     f"k = Mul(f, s) t = {CONV}(d, k)"],
+)  # fmt: skip
+def test_products_that_ort_leaves_alone(middle: str) -> None:
+    for fused in (False, True):
+        assert_refuses(GuardFloat(fused=fused), between(middle))
+
+
+def test_a_result_that_is_an_output_as_well() -> None:
+    text = between(f"p = {CONV}(d, f) t = Relu(p)").replace("y) <", "y, float[E,F,G,H] t) <", 1)
+    model = parse(text)
+    run_pass(GuardFloat(fused=True), model)
+    assert [value.name for value in model.graph.outputs] == ["y", "t"]
+    assert sum(node.op_type == "FusedConv" for node in model.graph) == 1

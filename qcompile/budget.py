@@ -11,6 +11,7 @@ from qcompile.limits import Limit, parse_limit
 from qcompile.recipe import Recipe
 
 _LEAST = 1e-12
+_ENOUGH = 100  # scores whose sampling noise is taken for true
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Point:
         latency_ms, speedup: on the feed that gained least, the float model timed in turn.
         size_mb: of the model, in 10^6 bytes.
         misses: the limits that it breaks, sentences.
+        scored: samples that the metric gave scores of; 0 if it gave a number alone.
     """
 
     what: str
@@ -43,6 +45,12 @@ class Point:
     speedup: float
     size_mb: float
     misses: tuple[str, ...] = ()
+    scored: int = 0
+
+    @property
+    def sure_drop(self) -> float:
+        """`drop` less its sampling noise, where enough samples are scored: more than that was not shown to be lost."""
+        return self.drop - (self.sigma or 0.0) if self.scored >= _ENOUGH else self.drop
 
     def to_dict(self) -> dict[str, Any]:
         """The figures for reports, rounded."""
@@ -78,7 +86,7 @@ class Budget:
             (point.size_mb, self.max_size),
             (point.latency_ms, self.max_latency),
             (self.min_speedup, point.speedup),
-            (point.drop, self.max_drop),
+            (point.sure_drop, self.max_drop),
             (
                 10 ** (-db / 20),
                 10 ** (-self.min_sqnr / 20) if self.min_sqnr > -math.inf else math.inf,
@@ -95,7 +103,7 @@ class Budget:
             found.append(
                 f"the worst output slice has {db:.1f} dB SQNR, the limit is {self.min_sqnr:g} dB"
             )
-        if point.drop > self.max_drop:
+        if point.sure_drop > self.max_drop:
             if point.metric is None:
                 told = f"{100 * point.drop:.3g}% of what the outputs say is lost, the limit is {100 * self.max_drop:.3g}%"
             else:
@@ -114,6 +122,17 @@ class Budget:
                 f"it is {point.speedup:.2f}x as fast, the limit is {self.min_speedup:.2f}x"
             )
         return tuple(found)
+
+    def doubt(self, point: Point) -> str:
+        """A sentence, where a drop is beyond the limit by no more than its sampling noise; else nothing."""
+        if not point.sure_drop <= self.max_drop < point.drop or not point.sigma:
+            return ""
+        needed = math.ceil(point.scored * (point.sigma / max(self.max_drop, _LEAST)) ** 2)
+        wanted = f" (some {float(f'{needed:.2g}'):,.0f} would)" if needed < 1e7 else ""
+        return (
+            f"The metric is worse by {point.drop:.3g} ± {point.sigma:.2g}, the limit is {self.max_drop:.3g}: "
+            f"{point.scored:,} samples cannot tell whether it is kept{wanted}."
+        )
 
     def best(self, points: Sequence[Point]) -> int:
         """The index of the best point: within the limits the fastest (or smallest), else the nearest to them."""

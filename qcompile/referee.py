@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from typing import NamedTuple
@@ -85,7 +86,11 @@ class Referee:
             comparison.divergence, None if score is None else score.value, sigma, worst.ms["result"],
             attempt.speedup, io.model_bytes(attempt.model) / 1e6,
         )  # fmt: skip
-        point = Point(**{**vars(point), "misses": self.budget.misses(point)})
+        scored = (
+            0 if sigma is None or score is None or score.samples is None else score.samples.size
+        )
+        point = dataclasses.replace(point, scored=scored)
+        point = dataclasses.replace(point, misses=self.budget.misses(point))
         self.points.append(point)
         db_told = "inf" if point.sqnr_db is None else f"{point.sqnr_db:.1f}"
         logger.info("%s: %s dB, drop %.2g, %.2fx", what, db_told, point.drop, point.speedup)

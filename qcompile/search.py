@@ -83,7 +83,8 @@ def find_best(
             history.notes.append(f"The fastest plan was not taken. {history.blame}")
         best = _choose_format(shop, referee.best.attempt, opened, history)
         history.points, history.budget = referee.points, referee.budget
-        referee.measure(shop, best, "the result")
+        doubt = referee.budget.doubt(referee.measure(shop, best, "the result"))
+        history.warnings += [doubt] if doubt else []
     else:
         if found is not None and goal and not met(best, goal):
             best = _more_accurate(shop, request, best, found, goal, opened, history)

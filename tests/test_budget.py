@@ -68,6 +68,25 @@ def test_the_best_is_within_the_limits_then_fast() -> None:
     assert Budget(smallest=True).best([point(size_mb=3.0), point(size_mb=2.0)]) == 1
 
 
+@pytest.mark.parametrize(
+    ("drop", "sigma", "scored", "kept", "doubted"),
+    [(0.3, 0.7, 200, True, False), (1.0, 0.7, 200, True, True), (1.3, 0.7, 200, False, False), (1.0, 0.7, 99, False, False),
+     (1.0, None, 0, False, False), (0.6, 0.0, 200, False, False)],
+)  # fmt: skip
+def test_what_the_samples_cannot_tell(
+    drop: float, sigma: float | None, scored: int, kept: bool, doubted: bool
+) -> None:
+    """Two of 200 images more are wrong: nothing shows that 0.5 % are lost."""
+    budget = Budget(max_drop=0.5)
+    made = point(drop=drop, sigma=sigma, scored=scored, metric=80.0)
+    assert (budget.misses(made) == ()) == (budget.excess(made) == 0) == kept
+    doubt = budget.doubt(made)
+    assert bool(doubt) == doubted
+    if doubted:
+        assert "worse by 1 ± 0.7, the limit is 0.5: 200 samples cannot tell" in doubt
+        assert "some 390 would" in doubt
+
+
 FIGURES = st.tuples(
     st.floats(0, 1), st.one_of(st.none(), st.floats(0, 90)), st.floats(0.1, 9), st.floats(1, 9)
 )

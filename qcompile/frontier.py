@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from qcompile.budget import Point
 from qcompile.errors import ModelError
@@ -186,22 +186,34 @@ class _Search:
         wanted = self._estimate.request(self._request, aim * _FAR)
         integer = nearest.of(Form.STATIC, Form.DYNAMIC, Form.WEIGHT)
         flips = [(entry.node, Form.FLOAT) for entry in integer if entry.op != "Gather"]
-        flips = flips[:_AROUND]
-        if self._cost == math.inf:  # the nearest may have few integer nodes, and none to spare
-            others = (entry.node for entry in nearest.of(Form.FLOAT))
-            flips += [(name, Form.STATIC) for name in others if self._heavy(name)][:_AROUND]
+        others = (entry.node for entry in nearest.of(Form.FLOAT))
+        flips = flips[:_AROUND] + [(n, Form.STATIC) for n in others if self._heavy(n)][:_AROUND]
+        free = self._flipped(wanted, dict(flips), {})
+        if free or self._cost == math.inf:
+            return min(free, key=self._estimate.of, default=None)
+        products = (entry for entry in nearest.nodes if entry.form in (Form.STATIC, Form.FLOAT))
+        pinned = {entry.node: entry.form for entry in products if self._heavy(entry.node)}
+        return min(self._flipped(wanted, dict(flips), pinned), key=self._estimate.of, default=None)
+
+    def _flipped(
+        self, wanted: Request, flips: Mapping[str, Form], pinned: Mapping[str, Form]
+    ) -> list[Plan]:
+        """Plans with one of these nodes in that form, and the pinned ones in theirs, that promise to be faster than the best."""
         found = []
-        for name, form in flips:
+        for name, form in flips.items():
             if self._referee.expired:
                 break
-            forms = {**wanted.forms, name: form}
-            reasons = {name: "left float for accuracy or speed", **wanted.reasons}
+            forms = {**wanted.forms, **pinned, name: form}
+            why = dict.fromkeys(
+                (n for n, f in forms.items() if f is Form.FLOAT), "left float for accuracy or speed"
+            )
+            reasons = {**why, **wanted.reasons}
             plan = self._shop.plan(dataclasses.replace(wanted, forms=forms, reasons=reasons))
             if not plan.quantizes or _forms(plan) in self._seen:
                 continue
             if self._ns(plan) < (1 - _GAIN) * self._cost:
                 found.append(plan)
-        return min(found, key=self._estimate.of, default=None)
+        return found
 
     def _heavy(self, name: str) -> bool:
         """Whether a node is a Conv that a plan may have integer."""

@@ -17,6 +17,7 @@ from passes.lower_integer import LowerInteger
 from passes.lower_nbits import LowerNbits
 from passes.lower_recurrent import LowerRecurrent
 from passes.name_nodes import NameNodes
+from passes.pad_channels import PadChannels
 from qcompile.graph import io
 from qcompile.graph.documentation import documentation, restore
 from qcompile.graph.edit import drop_unread
@@ -77,6 +78,7 @@ def build(
         model = io.convert_opset(model, _QDQ_OPSET)
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         run_pass(NameNodes(), model)
+    run_pass(PadChannels(target.channel_block), model)
     drop_unread(model)
     restore(model, documentation(prepared))
     model.graph.sort()

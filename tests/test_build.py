@@ -96,6 +96,7 @@ def test_one_info_line_a_pass(caplog: pytest.LogCaptureFixture) -> None:
         "insert_qdq",
         "lower_integer",
         "guard_float",
+        "pad_channels",
     ]
     assert build.Solution({}, {}) == build.Solution({}, {})
 

@@ -154,3 +154,18 @@ def test_flags_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         assert flags(None) == {"avx2"}
     finally:
         schema.cpu_flags.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "block"),
+    [({"avx512_vnni", "avx512f", "avx2"}, "ort-cpu-x64-vnni", 16), ({"avx_vnni", "avx2"}, "ort-cpu-x64-vnni", 8),
+     ({"avx512_vnni", "avx512f", "avx2"}, "ort-cpu-x64-avx2", 8), (set(), "ort-cpu-x64-vnni", 16), (set(), "ort-cpu-x64-avx2", 8),
+     ({"avx2"}, "ort-cpu-arm64", 1)],
+)  # fmt: skip
+def test_a_block_of_channels(
+    monkeypatch: pytest.MonkeyPatch, flags: set[str], name: str, block: int
+) -> None:
+    """Of this machine, where it is of that kind; else of the kind."""
+    monkeypatch.setattr("qcompile.targets.schema.cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr("qcompile.targets.schema.platform.machine", lambda: "x86_64")
+    assert load_target(name).channel_block == block

@@ -104,6 +104,7 @@ class Target:
         boundary: costs between float and integer regions.
         op: the operators that have an integer kernel.
         refused: operator types that stay float -> why.
+        channels: a block of ORT's float layout for convolutions (NCHWc) on such a machine; 1 if there is none.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Target:
     boundary: Boundary
     op: tuple[OpRow, ...]
     refused: Mapping[str, str]
+    channels: int = 1
 
     def __post_init__(self) -> None:
         """Raises: RecipeError if a scheme is not spelled right."""
@@ -125,6 +127,12 @@ class Target:
         """The row for an operator: that of its variant if there is one, else the general one."""
         rows = {row.variant: row for row in self.op if row.type == op_type}
         return rows.get(variant) or rows.get("")
+
+    @property
+    def channel_block(self) -> int:
+        """`channels`; on this machine, if it is of the target's kind, that of its widest instructions."""
+        known = self.fits_here() and platform.machine() in ("x86_64", "AMD64")
+        return min(self.channels, 16 if "avx512f" in cpu_flags() else 8) if known else self.channels
 
     def fits_here(self) -> bool:
         """Whether this machine is of the target's kind; it may have more instructions."""

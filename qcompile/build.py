@@ -11,6 +11,7 @@ from onnx_ir.passes import common
 
 from passes.guard_float import GuardFloat
 from passes.insert_qdq import InsertQdq
+from passes.lower_attention import LowerAttention
 from passes.lower_dynamic import LowerDynamic
 from passes.lower_embedding import LowerEmbedding
 from passes.lower_integer import LowerInteger
@@ -64,6 +65,8 @@ def build(
         found = find_candidates(model, target, facts)
     lower: Literal["fused", "portable"] = "fused" if form == "fused" else "portable"
     run_pass(LowerDynamic(plan, found, solution.weights, lower), model)
+    if form == "fused":
+        run_pass(LowerAttention(facts), model)
     run_pass(LowerRecurrent(plan, found, lower, target.saturating), model)
     run_pass(LowerEmbedding(plan, found, solution.weights, lower), model)
     # Their results are new values, under the names of the old ones: candidates that read them are found anew.

@@ -91,6 +91,7 @@ def test_one_info_line_a_pass(caplog: pytest.LogCaptureFixture) -> None:
     names = [record.getMessage().split(":")[0] for record in caplog.records]
     assert names == [
         "lower_dynamic",
+        "lower_attention",
         "lower_recurrent",
         "lower_embedding",
         "insert_qdq",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from lowering import compiled, constant, op_types
 from rewrites import assert_close, assert_same_interface, parse, run
 
 from passes.lower_attention import LowerAttention
@@ -191,3 +192,25 @@ def test_products_of_other_tensors() -> None:
     source = source.replace("(xq, wk, xs, fk, xz", "(xq2, wk, xs2, fk, xz2")
     outcome = lowered(parse(source))
     assert list(outcome.skipped.values()) == ["queries, keys and values are not made of one tensor"]
+
+
+def test_a_whole_layer() -> None:
+    """From the float model on: the codes of all three products in one kernel, and ORT runs it."""
+    declared = ", ".join(constant(n, 64, 64, scale=0.1) for n in ("wq", "wk", "wv"))
+    heads = " ".join(f"[{n}] {n}p = MatMul(x, w{n}) {n}r = Reshape({n}p, heads)" for n in "qkv")
+    made = compiled(
+        f"g (float[1,32,64] x) => (float[A,B,C] y) <{declared}, int64[4] heads = {{0, 0, 4, 16}}, int64[3] joined = {{0, 0, 64}}, "
+        f"float root = {{0.25}}> {{ {heads} qt = Transpose<perm = [0, 2, 1, 3]>(qr) kt = Transpose<perm = [0, 2, 3, 1]>(kr) "
+        "vt = Transpose<perm = [0, 2, 1, 3]>(vr) r = MatMul(qt, kt) s = Mul(r, root) g = Softmax<axis = -1>(s) h = MatMul(g, vt) "
+        "i = Transpose<perm = [0, 2, 1, 3]>(h) y = Reshape(i, joined) }"
+    )  # fmt: skip
+    assert "QAttention" in op_types(made.fused)
+    assert "QAttention" not in op_types(made.qdq)
+    assert "MatMulIntegerToFloat" not in op_types(made.fused)
+    given = made.feeds[0]
+    wanted = run(made.prepared, given)[0]
+
+    def wrong(model: ir.Model) -> float:
+        return float(np.linalg.norm(run(model, given, "all")[0] - wanted) / np.linalg.norm(wanted))
+
+    assert 0 < wrong(made.fused) <= wrong(made.qdq) < 0.1

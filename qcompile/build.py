@@ -9,6 +9,7 @@ from typing import Literal
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from passes.channels_last import ChannelsLast
 from passes.guard_float import GuardFloat
 from passes.insert_qdq import InsertQdq
 from passes.lower_attention import LowerAttention
@@ -75,6 +76,7 @@ def build(
     run_pass(InsertQdq(plan, found, tensors, solution.params, solution.weights), model)
     if form == "fused":
         run_pass(LowerInteger(plan), model)
+        run_pass(ChannelsLast(facts), model)
     run_pass(GuardFloat(plan, fused=form == "fused"), model)
     low = model.opset_imports.get("", _QDQ_OPSET) < _QDQ_OPSET
     if form == "qdq" and plan.quantizes and low:

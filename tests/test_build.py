@@ -96,6 +96,7 @@ def test_one_info_line_a_pass(caplog: pytest.LogCaptureFixture) -> None:
         "lower_embedding",
         "insert_qdq",
         "lower_integer",
+        "channels_last",
         "guard_float",
         "pad_channels",
     ]

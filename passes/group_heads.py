@@ -28,7 +28,7 @@ from qcompile.graph.edit import (
     replace,
     sole_user,
 )
-from qcompile.graph.symbols import Known, Symbol, find
+from qcompile.graph.symbols import Known, Size, Symbol, find
 from qcompile.step import Outcome, Pass
 
 _RANK = 4
@@ -44,7 +44,7 @@ class GroupHeads(Pass):
     def apply(self, model: ir.Model) -> Outcome:
         """Skipped: products with repeated heads whose other operand is not known to have as many."""
         outcome, names = Outcome(), Names(model)
-        known = dims(model)
+        known = dims(model, one_batch=True)
         for node in list(nodes(model)):
             if not is_op(node, "MatMul") or not isinstance(node.graph, ir.Graph):
                 continue
@@ -88,12 +88,17 @@ def _repeated(
     if isinstance(h, Symbol) or isinstance(g, Symbol):
         return None
     as_expected = copies == (batch, h, g, s, d) and len(flat) == _RANK
-    as_expected &= (flat[0], flat[1], flat[3]) == (batch, h * g, d)
-    long = known.shapes[merged.outputs[0]][2]
-    if isinstance(long, Symbol) and long.copied is not None:
-        long = long.copied  # or that is 0, and g, which is copied then, does not fit: the run fails
-    as_expected &= find(long) == s
+    as_expected &= (flat[1], flat[3]) == (h * g, d)
+    # Where one is 0, what stands in its place is copied: of the length that is g, which does not fit, so that the run
+    # fails; of the batch it is the batch.
+    sizes = (known.shapes[merged.outputs[0]][i] for i in (0, 2))
+    as_expected &= tuple(find(_written(size)) for size in sizes) == (batch, s)
     return (value, swap, (h, h * g)) if as_expected else None
+
+
+def _written(size: Size) -> Size:
+    """The size that a Reshape was told, which may have been 0."""
+    return size.copied if isinstance(size, Symbol) and size.copied is not None else size
 
 
 def _rewrite(

@@ -19,17 +19,24 @@ _WHOLE = (ir.DataType.INT64, ir.DataType.INT32)
 _FEW = 64  # elements of an integer tensor that may be a shape
 
 
-def dims(model: ir.Model) -> Known:
+def dims(model: ir.Model, *, one_batch: bool = False) -> Known:
     """What is known of all graphs of a model.
 
     Of what a body reads as its own inputs nothing is known, and what would have to be equal in a body need not be: it may not run.
+    Names of sizes say nothing, as ORT does not hold callers to them; with `one_batch` first axes of one name are equal, as ONNX
+    has it.
     """
     known = Known()
+    named: dict[str, Symbol] = {}
     for value in model.graph.inputs:
         if value.shape is not None and len(value.shape):  # ORT checks feeds, but for scalars
-            known.shapes[value] = tuple(
+            sizes: list[Size] = [
                 size if isinstance(size, int) and size > 0 else Symbol() for size in value.shape
-            )
+            ]
+            name = getattr(value.shape[0], "value", None)
+            if one_batch and name and isinstance(sizes[0], Symbol):
+                sizes[0] = named.setdefault(name, sizes[0])
+            known.shapes[value] = tuple(sizes)
     _walk(known, model.graph)
     return known
 

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from passes.channels_last import ChannelsLast
+from passes.fuse_rotary import FuseRotary
 from passes.guard_float import GuardFloat
 from passes.insert_qdq import InsertQdq
 from passes.lower_attention import LowerAttention
@@ -68,6 +69,7 @@ def build(
     run_pass(LowerDynamic(plan, found, solution.weights, lower), model)
     if form == "fused":
         run_pass(LowerAttention(facts), model)
+        run_pass(FuseRotary(facts), model)
     run_pass(LowerRecurrent(plan, found, lower, target.saturating), model)
     run_pass(LowerEmbedding(plan, found, solution.weights, lower), model)
     # Their results are new values, under the names of the old ones: candidates that read them are found anew.

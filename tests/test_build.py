@@ -92,6 +92,7 @@ def test_one_info_line_a_pass(caplog: pytest.LogCaptureFixture) -> None:
     assert names == [
         "lower_dynamic",
         "lower_attention",
+        "fuse_rotary",
         "lower_recurrent",
         "lower_embedding",
         "insert_qdq",

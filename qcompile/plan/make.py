@@ -41,6 +41,7 @@ class Request:
         dynamic: dynamic forms are allowed.
         noise: noise-to-signal ratio that the outputs get from rounding a tensor, or from a dynamic node.
         weights: the same from rounding the weight of a node, by its name.
+        price: nanoseconds that one unit of noise costs; the plan then trades speed for accuracy.
         most_noise: what the noise of a plan may sum up to; the plan is then the cheapest one within it.
         measured: (float, integer) nanoseconds of nodes, in place of the target's costs.
         border: factor on the target's costs of borders.
@@ -59,6 +60,7 @@ class Request:
     dynamic: bool = True
     noise: Mapping[str, float] = dataclasses.field(default_factory=dict)
     weights: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    price: float = 0.0
     most_noise: float = math.inf
     measured: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     border: float = 1.0
@@ -105,7 +107,7 @@ def make_plan(
         name: item
         for name, item in found.items()
         if isinstance(item, Candidate) and item.role == "dynamic" and request.dynamic
-        and _allowed(name, item, request)
+        and _allowed(name, item, request) and _worth_its_noise(name, item, facts, request)
     }  # fmt: skip
     absorbed = {n.name or "": c for c in (*static.values(), *linear.values()) for n in c.absorbed}
     for name in absorbed:
@@ -151,6 +153,14 @@ def _faster_by_block(name: str, item: Candidate, facts: Facts, request: Request)
 def _by_block(name: str, item: Candidate) -> NodePlan:
     scheme = f"int8.axis0/{item.block}.sym"
     return NodePlan(name, item.node.op_type, Form.WEIGHT, scheme, "8-bit weight, scales by block")
+
+
+def _worth_its_noise(name: str, item: Candidate, facts: Facts, request: Request) -> bool:
+    if not request.price or name not in request.noise:
+        return True
+    as_float, as_int = request.measured.get(name) or node_costs(item, facts)
+    noise = request.noise[name] + request.weights.get(name, 0.0)
+    return request.price * noise < as_float - as_int
 
 
 def _allowed(name: str, item: Candidate, request: Request) -> bool:
@@ -204,7 +214,7 @@ def _entry(
     if name in static:
         why = (
             "left float for accuracy or speed"
-            if request.measured or math.isfinite(request.most_noise)
+            if request.price or request.measured or math.isfinite(request.most_noise)
             else "an integer kernel would not pay for its borders"
         )
         return NodePlan(name, op, Form.FLOAT, why=why)
@@ -245,7 +255,7 @@ def _cut(
     if math.isfinite(request.most_noise):
         side = network.integer_side_within(request.most_noise, clock=request.clock)
     if side is None:
-        side = network.integer_side()
+        side = network.integer_side(request.price)
     chosen = {name for name, number in vertex.items() if number in side}
     return chosen, {
         name for name, number in dynamic.items() if name in chosen and number not in side

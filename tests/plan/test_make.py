@@ -137,6 +137,16 @@ def test_only_what_was_calibrated() -> None:
     assert made["conv"].why == "an integer kernel would not pay for its borders"
 
 
+def test_a_dynamic_node_must_be_worth_its_noise() -> None:
+    measured = {**CONVS, "product": (1000.0, 400.0)}
+    for noise, form in ((500.0, "dynamic"), (700.0, "float")):
+        made = plan(measured=measured, price=1.0, noise={"product": noise})
+        assert forms(made)["product"] == form
+    assert made["product"].why == "left float for accuracy"
+    assert forms(made)["bias"] == "float"
+    assert forms(plan(measured=measured, noise={"product": 1e9}))["product"] == "dynamic"
+
+
 def test_gain_widens_a_plan() -> None:
     """As if float kernels took so many times as long; measured times stay as they are."""
     target = load_target("ort-cpu-x64-vnni")

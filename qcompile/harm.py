@@ -79,7 +79,7 @@ def measure_harm(shop: Workshop, given: Quantized, units: Sequence[Unit]) -> Har
         own = own_errors(given, units, feeds, threads=threads)
         total = total_errors(given, (model, sites), units, feeds, shop.facts, threads=threads)
     _as_read(model, given, sites, names)
-    reference = shop.tuning_reference(names, samples)
+    reference = shop.tuning_reference(names, feeds)
     parts = {unit: found for unit in units if (found := sites_of(given, unit, sites))}
     outputs: dict[Unit, float] = {}
     whole: float | None = None

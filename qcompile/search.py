@@ -69,7 +69,7 @@ def find_best(
     goal = recipe.min_sqnr or recipe.sqnr_goal
     small = len(best.plan.of(Form.STATIC)) <= LARGE
     if opened.samples is not None and (best.db < (_FINE_DB if small else goal) or recipe.limited):
-        found = tune.sensitivity(shop, best.plan, best.ranging)
+        found = tune.sensitivity(shop, best.plan, best.ranging, best)
     if found is not None and best.plan.of(Form.STATIC) and len(shop.methods) > 1:
         best = _tune(shop, best, found, history)
     best.speedup = _speed(shop, best, opened)

@@ -6,14 +6,17 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 
+import numpy as np
 import onnx_ir as ir
 
 from qcompile.calib.ranges import METHODS
+from qcompile.calib.split import TUNING
 from qcompile.calib.taps import with_outputs
 from qcompile.errors import ModelError
 from qcompile.graph.edit import is_op
 from qcompile.plan.plan import Plan
 from qcompile.quant.scheme import QParams, Scheme
+from qcompile.run.session import Feed
 from qcompile.verify.local import LocalErrors, best_methods
 from qcompile.verify.sensitivity import Meter, Noise, improve_ranges, measure, switched
 from qcompile.workshop import Attempt, Ranging, Workshop
@@ -36,8 +39,13 @@ class Sensitivity:
     meter: Meter
 
 
-def sensitivity(shop: Workshop, plan: Plan, ranging: Ranging) -> Sensitivity | None:
-    """Noise by site of the main graph; None if ORT does not load the switched model."""
+def sensitivity(
+    shop: Workshop, plan: Plan, ranging: Ranging, attempt: Attempt | None = None
+) -> Sensitivity | None:
+    """Noise by site of the main graph; None if ORT does not load the switched model.
+
+    Where there is an attempt already, its errors tell which samples to measure on.
+    """
     # biases that make up for the inputs' error would be wrong where a switch is off
     solution = shop.solve(plan, dataclasses.replace(ranging, shift=False))
     code_type = ir.DataType(Scheme.parse(plan.activation).qtype.onnx_type)
@@ -48,10 +56,12 @@ def sensitivity(shop: Workshop, plan: Plan, ranging: Ranging) -> Sensitivity | N
         return None
     outputs = scores(shop.prepared)
     samples, single = (_SAMPLES, _SINGLE) if len(sites) <= _LARGE else (1, 0)
+    assert shop.samples is not None
+    feeds = shop.samples.few(samples) if attempt is None else telling(shop, attempt, samples)
     try:
         meter = Meter(
             with_outputs(model, outputs), sites, solution.params,
-            shop.tuning_reference(outputs, samples), samples=samples, threads=shop.recipe.threads,
+            shop.tuning_reference(outputs, feeds), samples=samples, threads=shop.recipe.threads,
         )  # fmt: skip
         with shop.progress.stage("measuring sensitivity", _GROUPS) as step:
             noise = measure(meter, groups=_GROUPS, most=single, tick=lambda: step(1, None))
@@ -59,6 +69,22 @@ def sensitivity(shop: Workshop, plan: Plan, ranging: Ranging) -> Sensitivity | N
         logger.warning("sensitivities were not measured: %s", error)
         return None
     return Sensitivity(noise, meter)
+
+
+def telling(shop: Workshop, attempt: Attempt, count: int) -> list[Feed]:
+    """Calibration samples that tell where errors come from: of a few, the one of most error, and such as have less, to the median.
+
+    Noise adds up over samples, and often most of it is that of some: what they are sensitive to, others may not be.
+    """
+    assert shop.samples is not None
+    feeds = shop.samples.few(TUNING)
+    noise = [
+        shop.reference.on(lambda feed=feed: iter([feed])).compare(attempt.session).noise_to_signal  # type: ignore[misc]
+        for feed in feeds
+    ]
+    order = sorted(range(len(feeds)), key=lambda i: -noise[i])
+    places = np.linspace(0, len(feeds) // 2, min(count, len(feeds))).astype(int)
+    return [feeds[order[i]] for i in dict.fromkeys(places.tolist())]
 
 
 def scores(model: ir.Model) -> list[str]:

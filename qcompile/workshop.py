@@ -352,16 +352,14 @@ class Workshop:
         }
         return solve_activations(plan, self.coding(plan), self.stats, ranging.method, single)
 
-    def tuning_reference(self, outputs: Sequence[str], samples: int) -> Reference:
+    def tuning_reference(self, outputs: Sequence[str], feeds: Sequence[Feed]) -> Reference:
         """These values of the float graph on a few calibration samples: tuning must not see those held out."""
-        assert self.samples is not None
-        kept = self.samples.few(samples)
         options = Options(quick_level(self.prepared), threads=self.recipe.threads)
         session = Session(with_outputs(self.prepared, outputs), options)
         parts = {
             value.name or "": parts_of(value, self.facts) for value in self.prepared.graph.outputs
         }
-        return Reference(session, lambda: iter(kept), parts)
+        return Reference(session, lambda: iter(feeds), parts)
 
     def held_out(self, most: int) -> list[Feed]:
         """The first held-out feeds."""

@@ -172,3 +172,23 @@ def test_the_least_that_reaches_the_goal() -> None:
     noise.sites["y"] = 1e-2
     plan = within(made, noise, made.draft, 1e-3)
     assert [name for name, form in made.forms(plan).items() if form == "float"] == ["add"]
+
+
+def test_samples_that_tell() -> None:
+    """The one of most error is among them, whatever its place; and no held-out one."""
+    feeds = images(20)
+    feeds[7] = {name: 40 * value for name, value in feeds[7].items()}
+    made = workbench(small_cnn(), feeds)
+    attempt = made.shop.attempt(made.draft, Ranging("mean"), "fused")
+    told = tune.telling(made.shop, attempt, 3)
+    assert len(told) == 3
+    few = made.shop.samples.few(16)
+    assert all(any(feed is one for one in few) for feed in told)
+    noise = [
+        made.shop.reference.on(lambda feed=feed: iter([feed]))
+        .compare(attempt.session)
+        .noise_to_signal
+        for feed in few
+    ]
+    assert told[0] is few[int(np.argmax(noise))]
+    assert len(tune.telling(made.shop, attempt, 1)) == 1

@@ -256,7 +256,7 @@ def test_judged_on_the_samples_held_out(bench: Bench) -> None:
 
 def test_tuning_does_not_see_what_is_held_out(bench: Bench) -> None:
     """Its samples are calibration samples; its outputs those of the float graph."""
-    reference = bench.shop.tuning_reference(["c", "y"], 3)
+    reference = bench.shop.tuning_reference(["c", "y"], bench.shop.samples.few(3))
     used: list[Any] = []
 
     class Spy:

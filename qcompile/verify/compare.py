@@ -161,6 +161,10 @@ class Reference:
                     "Remove that sample or mend the model."
                 )
 
+    def on(self, samples: Callable[[], Iterable[Feed]]) -> Reference:
+        """The float model on other samples."""
+        return Reference(self._session, samples, self._parts)
+
     def compare(self, result: Runner, limit: int | None = None) -> Comparison:
         """The errors of `result` over the first `limit` samples.
 

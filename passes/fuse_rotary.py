@@ -3,7 +3,8 @@
     Add(Mul(x, cos), Mul(Concat(Neg(Slice(x, upper half)), Slice(x, lower half)), sin))  ->  RotaryEmbedding(x, ids, cos, sin)
 
 Six operators for queries and six for keys of every layer: for one token they take longer to start than to run. The cosines
-and sines that the model computes of its positions become the tables, one row for each place in the batch.
+and sines that the model computes of its positions become the tables, one row for each place in the batch. The operator takes
+one place at least: where there is none, the result fails.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from qcompile.step import Outcome, Pass
 MS = "com.microsoft"
 _FEWEST = 3  # that pay for the tables
 _STEPS = 6  # operators between angles and what is multiplied
+_SCALES = ("Mul", "Div")  # of queries
 
 
 class _Rotary(NamedTuple):
@@ -85,13 +87,29 @@ class FuseRotary(Pass):
             for x, cos in _factors(plain):
                 for rotated, sin in _factors(turned):
                     half = _rotated(rotated, x)
-                    if half and self._angles(cos, sin, half) and self._heads(x, half):
+                    if half and self._angles(cos, sin, half) and self._heads(x, cos, half):
                         return _Rotary(node, x, cos, sin, half)
         return None
 
-    def _heads(self, x: ir.Value, half: int) -> bool:
-        shape = self._shape(x)
-        return len(shape) == 4 and shape[3] == 2 * half
+    def _heads(self, x: ir.Value, cos: ir.Value, half: int) -> bool:
+        """Whether `x` is (batch, heads, length, size) for the angles of (batch or 1, 1, length, size).
+
+        One feed tells sizes; which axis is which is told by the Transpose that brings heads forward. A feed of length 1 tells too
+        little.
+        """
+        shape, angles = self._shape(x), self._shape(cos)
+        node = x.producer()
+        while is_op(node, *_SCALES) and node is not None and node.inputs[0] is not None:
+            node = node.inputs[0].producer()
+        if (
+            node is None
+            or not is_op(node, "Transpose")
+            or list(attribute(node, "perm", [])) != [0, 2, 1, 3]
+        ):
+            return False
+        if len(shape) != 4 or shape[3] != 2 * half or 0 in shape:
+            return False
+        return shape[2] == angles[2] > 1 and angles[0] in (1, shape[0])
 
     def _angles(self, cos: ir.Value, sin: ir.Value, half: int) -> bool:
         """Whether these are cosine and sine of the same angles, twice side by side, for all heads."""
@@ -172,7 +190,12 @@ def _twice(value: ir.Value | None, kind: str) -> ir.Value | None:
         elif is_op(node, "Mul") and seen is False:
             if scalar(node.inputs[1]) is None:
                 return None
-        elif not is_op(node, "Unsqueeze", "Cast", "Identity"):
+        elif is_op(node, "Unsqueeze"):
+            if ints(node.inputs[1] if len(node.inputs) > 1 else None) != (1,) and tuple(
+                attribute(node, "axes", ())
+            ) != (1,):
+                return None
+        elif not is_op(node, "Cast", "Identity"):
             return None
         value = node.inputs[0]
     return None

@@ -27,21 +27,20 @@ from qcompile.graph.edit import (
     add_node,
     array,
     attribute,
+    ints,
     is_op,
     scalar,
     sole_user,
     supersede,
     with_number,
 )  # fmt: skip
+from qcompile.graph.stack import Stack
+from qcompile.graph.visible import Seen, hidden_number
 from qcompile.run.probe import Fact
 from qcompile.step import Outcome, Pass
 
 MS = "com.microsoft"
-_LEAST = -1000.0  # masks are lower, biases are not
-_LOST = -1e9  # what is as low, or lower, is not changed by scores that are added to it
-_HALF = _LEAST / 2
-_MOVES = ("Unsqueeze", "Squeeze", "Reshape", "Transpose", "Expand", "Slice", "Identity", "Cast")
-_DEEP = 12  # operators that a question about a mask may go back
+_LOST = -1e30  # what is as low, or lower, is not changed by scores that are added to it
 
 
 class _NoError(Exception):
@@ -62,7 +61,7 @@ class LowerAttention(Pass):
     def apply(self, model: ir.Model) -> Outcome:
         """See the class. Skipped: what is not that pattern to the letter, where the products are integer."""
         outcome, names = Outcome(), Names(model)
-        masks: dict[tuple[ir.Value, str], ir.Value] = {}
+        stacks: list[Stack] = []
         for softmax in [node for node in model.graph if is_op(node, "Softmax")]:
             try:
                 found = _Found(softmax, self.facts, model.opset_imports.get("", 0))
@@ -70,24 +69,13 @@ class LowerAttention(Pass):
                 if str(reason):
                     outcome.skipped[softmax.name or ""] = str(reason)
                 continue
-            _write(model.graph, names, found, masks)
+            stack = next((one for one in stacks if one.holds(found.x)), None)
+            if stack is None:
+                stack = Stack(model.graph, names, found.x, found.last)
+                stacks.append(stack)
+            _write(model.graph, names, found, stack)
             outcome.changed.append(softmax.name or "")
         return outcome
-
-
-@dataclasses.dataclass
-class _Seen:
-    """What may be seen.
-
-    Attributes:
-        value: a mask, or the condition of a Where.
-        kind: `added`, a mask that is added; `hidden`, where the condition tells what is masked; or `open`, what is not.
-        number: of what is masked.
-    """
-
-    value: ir.Value
-    kind: str
-    number: float
 
 
 class _Found:
@@ -104,7 +92,7 @@ class _Found:
         ):
             raise _NoError
         self.scale = 1.0
-        self.seen: _Seen | None = None
+        self.seen: Seen | None = None
         product = self._scores(softmax.inputs[0])
         self.v, v_shape = self._split(behind.inputs[1], (0, 2, 1, 3), scaled=False)
         self.q, q_shape = self._split(self._scaled(product.inputs[0]), (0, 2, 1, 3))
@@ -112,6 +100,8 @@ class _Found:
         sources = {
             (node.inputs[0], node.inputs[2], node.inputs[4]) for node in (self.q, self.k, self.v)
         }
+        if len({node.inputs[1].dtype for node in (self.q, self.k, self.v) if node.inputs[1]}) != 1:
+            raise _NoError("their weights are not of one type")
         if len(sources) != 1:
             raise _NoError("queries, keys and values are not made of one tensor")
         source = self.q.inputs[0].producer() if self.q.inputs[0] is not None else None
@@ -147,9 +137,9 @@ class _Found:
         if is_op(node, "Add"):
             a, b = node.inputs
             for mask, other in ((a, b), (b, a)):
-                number = _number(mask)
+                number = hidden_number(mask)
                 if mask is not None and number is not None:
-                    self.seen, node = _Seen(mask, "added", number), _maker(other)
+                    self.seen, node = Seen(mask, "added", number), _maker(other)
                     break
             else:
                 raise _NoError
@@ -157,7 +147,7 @@ class _Found:
             for i, kind in ((1, "hidden"), (2, "open")):
                 low, condition = scalar(node.inputs[i]), node.inputs[0]
                 if condition is not None and low is not None and low <= _LOST:
-                    self.seen, node = _Seen(condition, kind, low), _maker(node.inputs[3 - i])
+                    self.seen, node = Seen(condition, kind, low), _maker(node.inputs[3 - i])
                     break
             else:
                 raise _NoError
@@ -194,7 +184,7 @@ class _Found:
         if not is_op(node, "Transpose") or _order(node) != order:
             raise _NoError
         split = _maker(self._scaled(node.inputs[0]) if scaled else node.inputs[0])
-        if not is_op(split, "Reshape"):
+        if not is_op(split, "Reshape") or not _keeps_rows(split):
             raise _NoError
         product = _maker(self._scaled(split.inputs[0]) if scaled else split.inputs[0])
         if product.domain != MS or product.op_type != "MatMulIntegerToFloat":
@@ -209,7 +199,12 @@ class _Found:
         if turned is None or not is_op(turned, "Transpose") or _order(turned) != (0, 2, 1, 3):
             raise _NoError("its result is not turned back")
         last, wanted = sole_user(turned.outputs[0]), (*rows[:2], heads[2] * heads[3])
-        if last is None or not is_op(last, "Reshape") or self._shape(last.outputs[0]) != wanted:
+        if (
+            last is None
+            or not is_op(last, "Reshape")
+            or not _keeps_rows(last)
+            or self._shape(last.outputs[0]) != wanted
+        ):
             raise _NoError("its heads are not joined")
         return last
 
@@ -221,6 +216,18 @@ class _Found:
         )
         if not fits or shape[2] not in (1, rows[1]) or self.heads == 1:
             raise _NoError("its mask is not the same for all heads")
+
+
+def _keeps_rows(reshape: ir.Node) -> bool:
+    """Whether the first two sizes that a Reshape makes, batch and length, are no fixed numbers."""
+    sizes = ints(reshape.inputs[1])
+    if sizes is not None:
+        return all(size in (0, -1) for size in sizes[:2])
+    node = None if reshape.inputs[1] is None else reshape.inputs[1].producer()
+    if is_op(node, "Concat") and node is not None:
+        parts = [ints(value) for value in node.inputs[:2]]
+        return all(part is None or part in ((0,), (-1,)) for part in parts)
+    return is_op(node, "Shape", "Gather", "Slice")
 
 
 def _order(transpose: ir.Node) -> tuple[int, ...]:
@@ -235,52 +242,7 @@ def _maker(value: ir.Value | None) -> ir.Node:
     return node
 
 
-def _number(value: ir.Value | None, steps: int = _DEEP) -> float | None:
-    """What is added where something is masked, if that and 0 is all that a tensor holds; else None."""
-    node = None if value is None else value.producer()
-    if value is None or node is None or steps == 0:
-        return None
-    if is_op(node, *_MOVES) and not (is_op(node, "Cast") and value.dtype is not ir.DataType.FLOAT):
-        return _number(node.inputs[0], steps - 1)
-    if is_op(node, "Where"):
-        numbers = sorted(n for n in map(scalar, node.inputs[1:]) if n is not None)
-        return (
-            numbers[0] if len(numbers) == 2 and numbers[1] == 0 and numbers[0] <= _LEAST else None
-        )
-    if is_op(node, "Mul"):
-        found = with_number(node)
-        if found is not None and found[1] <= _LEAST and _zero_or_one(found[0]):
-            return found[1]
-    return None
-
-
-def _zero_or_one(value: ir.Value | None) -> bool:
-    """Whether a tensor is 1 - m of the zeros and ones of an attention mask, moved about."""
-    node = None if value is None else value.producer()
-    while is_op(node, *_MOVES) and not is_op(node, "Cast"):
-        assert node is not None
-        node = None if node.inputs[0] is None else node.inputs[0].producer()
-    if not is_op(node, "Sub") or node is None or scalar(node.inputs[0]) != 1:
-        return False
-    source = node.inputs[1]
-    for _ in range(_DEEP):
-        cast = None if source is None else source.producer()
-        if not is_op(cast, *_MOVES) or cast is None:
-            return False
-        source = cast.inputs[0]
-        kind = None if source is None else source.dtype
-        if (
-            is_op(cast, "Cast")
-            and kind is not None
-            and (kind.is_integer() or kind is ir.DataType.BOOL)
-        ):
-            return True
-    return False
-
-
-def _write(
-    graph: ir.Graph, names: Names, found: _Found, masks: dict[tuple[ir.Value, str], ir.Value]
-) -> None:
+def _write(graph: ir.Graph, names: Names, found: _Found, stack: Stack) -> None:
     products = (found.q, found.k, found.v)
     stored = [_wide(node) for node in products]
     codes, scales, zeros, biases = (
@@ -299,17 +261,18 @@ def _write(
         attributes["scale"] = float(found.scale)
     seen = None
     if found.seen is not None:
-        key = (found.seen.value, found.seen.kind)
-        if key not in masks:
-            masks[key] = _visible(graph, names, found)
-        seen = masks[key]
+        seen = stack.visible(found.seen)
         attributes["mask_filter_value"] = float(found.seen.number)
+    assert x_codes is not None
+    x_codes = stack.filled(x_codes, found.last)
     made = add_node(
         names, "QAttention", [x_codes, weight, bias, x_scale, scale, seen, x_zero, zero], before=found.last, domain=MS,
         name=f"{name}_attention", output=f"{found.last.outputs[0].name}_attention", attributes=attributes,
     )  # fmt: skip
     made.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-    supersede(found.last.outputs[0], made.outputs[0])
+    result = stack.cut(made.outputs[0], found.last)
+    result.type = made.outputs[0].type
+    supersede(found.last.outputs[0], result)
     _drop(found.last)
     made.name = found.q.name or made.name  # by which reports find it
 
@@ -325,34 +288,6 @@ def _wide(node: ir.Node) -> tuple[Any, Any, Any, Any]:
     zero = np.zeros((), codes.dtype) if zero is None else zero
     scale, zero = (np.broadcast_to(part.reshape(-1), (width,)) for part in (scale, zero))
     return codes, scale, zero, bias
-
-
-def _visible(graph: ir.Graph, names: Names, found: _Found) -> ir.Value:
-    """Ones and zeros (batch, query, key), int32."""
-    assert found.seen is not None
-    value, base = found.seen.value, found.seen.value.name
-    place = found.last
-
-    def step(op_type: str, inputs: list[ir.Value], part: str, **attributes: Any) -> ir.Value:
-        return add_node(
-            names, op_type, inputs, before=place, name=f"{base}_{part}", output=f"{base}_{part}", attributes=attributes
-        ).outputs[0]  # fmt: skip
-
-    def const(part: str, values: Any, kind: Any = np.int64) -> ir.Value:
-        return add_initializer(graph, names, f"{base}_{part}", np.array(values, kind))
-
-    open_ = value
-    if found.seen.kind == "hidden":
-        open_ = step("Not", [value], "open")
-    elif found.seen.kind == "added":
-        open_ = step("Greater", [value, const("half", _HALF, np.float32)], "open")
-    whole = step("Cast", [open_], "visible", to=int(ir.DataType.INT32))
-    shape = step("Shape", [found.x], "shape")
-    sizes = step("Gather", [shape, const("order", [0, 1, 1])], "sizes")  # batch, length, length
-    flat = step(
-        "Gather", [whole, const("only", 0)], "rows", axis=1
-    )  # no Squeeze: its axes moved at opset 13
-    return step("Expand", [flat, sizes], "all")
 
 
 def _drop(last: ir.Node) -> None:

@@ -130,7 +130,7 @@ class _Reach:
         if group == 1:
             if is_op(coded, "DequantizeLinear"):
                 assert coded is not None
-                plain = len(coded.inputs) < 3 or _zero(coded.inputs[2])
+                plain = (len(coded.inputs) < 3 or _zero(coded.inputs[2])) and _by_row(coded)
                 weight = coded.inputs[0] if plain else None
             elif node.op_type == "QLinearConv" and not _zero(node.inputs[5]):
                 return False
@@ -159,6 +159,14 @@ class _Reach:
             _more_rows(names, node, self._count, more)
         for node in dict.fromkeys(self._columns):
             _more_columns(names, node, more)
+
+
+def _by_row(coded: ir.Node) -> bool:
+    """Whether a DequantizeLinear has one scale, or one for each row of the weight."""
+    scale = coded.inputs[1]
+    if scale is None or scale.shape is None or attribute(coded, "block_size", 0):
+        return False
+    return len(scale.shape) == 0 or (len(scale.shape) == 1 and attribute(coded, "axis", 1) == 0)
 
 
 def _zero(value: ir.Value | None) -> bool:

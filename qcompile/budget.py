@@ -11,6 +11,7 @@ from qcompile.limits import Limit, parse_limit
 from qcompile.recipe import Recipe
 
 _LEAST = 1e-12
+_EQUAL = 1e-9  # of a limit: what is nearer is the same
 _ENOUGH = 100  # scores whose sampling noise is taken for true
 
 
@@ -47,10 +48,13 @@ class Point:
     misses: tuple[str, ...] = ()
     scored: int = 0
 
-    @property
-    def sure_drop(self) -> float:
-        """`drop` less its sampling noise, where enough samples are scored: more than that was not shown to be lost."""
-        return self.drop - (self.sigma or 0.0) if self.scored >= _ENOUGH else self.drop
+    def counted(self, limit: float) -> float:
+        """The drop that counts against a limit: 0 more than it, where what is beyond is no more than sampling noise.
+
+        So it is where enough samples are scored, and the limit is not nothing at all.
+        """
+        noise = (self.sigma or 0.0) if self.scored >= _ENOUGH and limit > 0 else 0.0
+        return limit if limit < self.drop <= limit + noise + _EQUAL * limit else self.drop
 
     def to_dict(self) -> dict[str, Any]:
         """The figures for reports, rounded."""
@@ -86,7 +90,7 @@ class Budget:
             (point.size_mb, self.max_size),
             (point.latency_ms, self.max_latency),
             (self.min_speedup, point.speedup),
-            (point.sure_drop, self.max_drop),
+            (point.counted(self.max_drop), self.max_drop),
             (
                 10 ** (-db / 20),
                 10 ** (-self.min_sqnr / 20) if self.min_sqnr > -math.inf else math.inf,
@@ -103,7 +107,7 @@ class Budget:
             found.append(
                 f"the worst output slice has {db:.1f} dB SQNR, the limit is {self.min_sqnr:g} dB"
             )
-        if point.sure_drop > self.max_drop:
+        if point.counted(self.max_drop) > self.max_drop:
             if point.metric is None:
                 told = f"{100 * point.drop:.3g}% of what the outputs say is lost, the limit is {100 * self.max_drop:.3g}%"
             else:
@@ -125,10 +129,12 @@ class Budget:
 
     def doubt(self, point: Point) -> str:
         """A sentence, where a drop is beyond the limit by no more than its sampling noise; else nothing."""
-        if not point.sure_drop <= self.max_drop < point.drop or not point.sigma:
+        over = point.drop - self.max_drop
+        if over <= 2 * _EQUAL * self.max_drop or point.counted(self.max_drop) > self.max_drop:
             return ""
-        needed = math.ceil(point.scored * (point.sigma / max(self.max_drop, _LEAST)) ** 2)
-        wanted = f" (some {float(f'{needed:.2g}'):,.0f} would)" if needed < 1e7 else ""
+        assert point.sigma is not None
+        needed = point.scored * (point.sigma / over) ** 2
+        wanted = f" ({float(f'{needed:.2g}'):,.0f} could)" if needed < 1e6 else ""
         return (
             f"The metric is worse by {point.drop:.3g} ± {point.sigma:.2g}, the limit is {self.max_drop:.3g}: "
             f"{point.scored:,} samples cannot tell whether it is kept{wanted}."

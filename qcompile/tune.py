@@ -57,8 +57,8 @@ def sensitivity(
     outputs = scores(shop.prepared)
     samples, single = (_SAMPLES, _SINGLE) if len(sites) <= _LARGE else (1, 0)
     assert shop.samples is not None
-    feeds = shop.samples.few(samples) if attempt is None else telling(shop, attempt, samples)
     try:
+        feeds = shop.samples.few(samples) if attempt is None else telling(shop, attempt, samples)
         meter = Meter(
             with_outputs(model, outputs), sites, solution.params,
             shop.tuning_reference(outputs, feeds), samples=samples, threads=shop.recipe.threads,

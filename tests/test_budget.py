@@ -71,7 +71,7 @@ def test_the_best_is_within_the_limits_then_fast() -> None:
 @pytest.mark.parametrize(
     ("drop", "sigma", "scored", "kept", "doubted"),
     [(0.3, 0.7, 200, True, False), (1.0, 0.7, 200, True, True), (1.3, 0.7, 200, False, False), (1.0, 0.7, 99, False, False),
-     (1.0, None, 0, False, False), (0.6, 0.0, 200, False, False)],
+     (1.0, None, 0, False, False), (0.6, 0.0, 200, False, False), (0.5, 0.1, 200, True, False), (math.inf, 1.0, 200, False, False)],
 )  # fmt: skip
 def test_what_the_samples_cannot_tell(
     drop: float, sigma: float | None, scored: int, kept: bool, doubted: bool
@@ -84,7 +84,19 @@ def test_what_the_samples_cannot_tell(
     assert bool(doubt) == doubted
     if doubted:
         assert "worse by 1 ± 0.7, the limit is 0.5: 200 samples cannot tell" in doubt
-        assert "some 390 would" in doubt
+        assert "(390 could)" in doubt
+
+
+@given(st.integers(100, 400))
+def test_no_loss_means_none(count: int) -> None:
+    """One lost sample of n is worse by 1/n with a noise of 1/n: no excess is negative, and nothing is granted."""
+    lossy = point(drop=1 / count, sigma=1 / count, scored=count, metric=1.0, speedup=1.5)
+    good = point(drop=0.0, sigma=0.0, scored=count, metric=1.0, speedup=3.0)
+    assert Budget(max_drop=0.0).excess(lossy) > 0
+    assert Budget(max_drop=0.0).misses(lossy)
+    for limit in (0.0, 1e-3, 1.0):
+        assert Budget(max_drop=limit).excess(lossy) >= 0
+        assert Budget(max_drop=limit).best([lossy, good]) == 1
 
 
 FIGURES = st.tuples(

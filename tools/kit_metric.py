@@ -31,7 +31,11 @@ def score(session: Any) -> npt.NDArray[np.float64]:
         return float(next(iter(task.score(part).values())))
 
     whole, count = metric(results), len(results)
-    left = np.array([metric(results[:i] + results[i + 1 :]) for i in range(count)])
+    left = np.array(
+        [metric(results[:i] + results[i + 1 :]) for i in range(count if count > 1 else 0)]
+    )
+    if count < 2 or not np.isfinite(left).all():  # a metric that one sample alone makes possible
+        return np.array([whole])
     values = count * whole - (count - 1) * left
     return np.asarray(
         values + (whole - values.mean())

@@ -33,12 +33,13 @@ NAMES = ("q", "k", "v", "w")
 
 
 def text(
-    angles: str = ANGLES, turn: str = SLICES, names: tuple[str, ...] = NAMES, batch: str = "B", first: bool = True,
+    angles: str = ANGLES, turn: str = SLICES, names: tuple[str, ...] = NAMES, batch: str = "B",
     add: str = "{0}a = Mul({0}, c) {0}b = Mul({0}r, s) {0}y = Add({0}a, {0}b)", more: str = "",
+    forward: str = "{0} = Transpose<perm = [0, 2, 1, 3]>({0}0)",
 ) -> str:  # fmt: skip
-    inputs = ", ".join(f"float[B,{2 + i},L,{2 * HALF}] {n}" for i, n in enumerate(names))
+    inputs = ", ".join(f"float[B,L,{2 + i},{2 * HALF}] {n}0" for i, n in enumerate(names))
     outputs = ", ".join(f"float[B,{2 + i},L,{2 * HALF}] {n}y" for i, n in enumerate(names))
-    body = " ".join(f"{turn.format(n)} {add.format(n)}" for n in names)
+    body = " ".join(f"{forward.format(n)} {turn.format(n)} {add.format(n)}" for n in names)
     return (
         f"g ({inputs}, int64[{batch},L] p) => ({outputs}) <{constant('speeds', HALF)}, int64[1] half = {{{HALF}}}, "
         f"int64[1] far = {{9223372036854775807}}, int64[1] none = {{0}}, int64[1] last = {{3}}, int64[1] one = {{1}}, int64[1] two = {{2}}, "
@@ -51,7 +52,7 @@ def feed(
 ) -> dict[str, Any]:
     rng = np.random.default_rng(batch + length)
     made = {
-        n: rng.standard_normal((batch, 2 + i, length, 2 * HALF)).astype(np.float32)
+        f"{n}0": rng.standard_normal((batch, length, 2 + i, 2 * HALF)).astype(np.float32)
         for i, n in enumerate(NAMES[:count])
     }
     places = rng.integers(0, 50, (batch if rows is None else rows, length))
@@ -127,3 +128,21 @@ def test_too_few() -> None:
     outcome = fused(model, feed(count=2))
     assert outcome.changed == []
     assert set(outcome.skipped.values()) == {"too few embeddings of these angles to gain"}
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_heads_that_stand_behind(length: int) -> None:
+    """(batch, length, heads, size), with angles for that: what one feed shows of sizes must not decide."""
+    angles = ANGLES.replace("Unsqueeze(t, one)", "Unsqueeze(t, two)")
+    model = parse(
+        text(angles, forward="{0} = Relu({0}0)")
+        .replace("[B,", "[B,")
+        .replace("last = {3}", "last = {3}")
+    )
+    assert fused(model, feed(1, length)).changed == []
+    model = parse(text(angles))
+    assert fused(model, feed(1, 1)).changed == []
+
+
+def test_a_feed_of_one_place_tells_too_little() -> None:
+    assert fused(parse(text()), feed(1, 1)).changed == []

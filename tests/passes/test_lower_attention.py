@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -192,6 +195,61 @@ def test_products_of_other_tensors() -> None:
     source = source.replace("(xq, wk, xs, fk, xz", "(xq2, wk, xs2, fk, xz2")
     outcome = lowered(parse(source))
     assert list(outcome.skipped.values()) == ["queries, keys and values are not made of one tensor"]
+
+
+@pytest.mark.parametrize("mask", ["none", "added", "whole"])
+def test_an_empty_batch(mask: str) -> None:
+    """QAttention ends the process for one, so that this runs in another."""
+    source = text(MASKS[mask])
+    code = (
+        "import sys; sys.path[:0] = %r\n"
+        "import numpy as np, test_lower_attention as t\n"
+        "model = t.parse(%r); assert t.lowered(model).changed\n"
+        "for level in ('off', 'all'):\n"
+        "    given = {'x': np.zeros((0, 5, 8), np.float32), 'm': np.ones((0, 5), np.int64)}\n"
+        "    assert t.run(model, given, level)[0].shape == (0, 5, 8)\n"
+    )
+    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path]
+    done = subprocess.run(
+        [sys.executable, "-c", code % (paths, source)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("split", "joined"),
+    [("[1, -1, 2, 4]", "0, 0"), ("[0, 5, 2, 4]", "0, 0"), ("[0, 0, 2, 4]", "1, -1")],
+)
+def test_a_batch_that_is_fixed_behind(split: str, joined: str) -> None:
+    """Two samples of five are one of ten there: not what QAttention makes."""
+    source = text(split=split).replace("joined = {0, 0", f"joined = {{{joined}")
+    assert lowered(parse(source)).changed == []
+
+
+def test_layers_side_by_side_share_nothing() -> None:
+    """Of two encoders, each may have a batch of its own; the mask is one of all."""
+    head, _, body = text(MASKS["hidden"]).partition("> { ")
+    body = body.rpartition("}")[0]
+    made = r"xq|xs|xz|[qkv][prt]|[rstgh]"
+    second = re.sub(
+        rf"\b({made})\b",
+        r"\g<1>2",
+        body.replace("b = Cast<to = 9>(m) c = Not(b) w = Unsqueeze(c, ones)", ""),
+    )
+    second = (
+        re.sub(r"\bi\b", "i2", second).replace("y =", "y2 =").replace("Linear(x)", "Linear(x2)")
+    )
+    head = head.replace(
+        f"float[B,L,{WIDTH}] x,", f"float[B,L,{WIDTH}] x, float[D,L,{WIDTH}] x2,"
+    ).replace("[B,L,W] y", "[B,L,W] y, float[D,L,W] y2")
+    model = parse(f"{head}> {{ {body} {second} }}")
+    before = model.clone()
+    given = {**feed(), "x2": feed(seed=4)["x"]}
+    assert len(run_pass(LowerAttention(probe(model, given)), model).changed) == 2
+    for sizes in ((1, 3), (3, 1)):
+        given = {**feed(1), "x": feed(sizes[0])["x"], "x2": feed(sizes[1], seed=4)["x"]}
+        for got, wanted in zip(run(model, given), run(before, given), strict=True):
+            assert_close([got], [wanted], rtol=1e-4, atol=1e-5)
 
 
 def test_a_whole_layer() -> None:

@@ -21,6 +21,7 @@ from qcompile.graph.edit import (
     add_initializer,
     add_node,
     attribute,
+    drop_unread,
     ints,
     is_op,
     scalar,
@@ -74,6 +75,7 @@ class FuseRotary(Pass):
             outcome.changed += own
         if outcome.changed:
             model.opset_imports.setdefault(MS, 1)
+            drop_unread(model)
         return outcome
 
     def _shape(self, value: ir.Value | None) -> tuple[int, ...]:
@@ -225,10 +227,8 @@ def _write(graph: ir.Graph, names: Names, those: list[_Rotary]) -> None:
     count = step("ReduceProd", [own], "count", keepdims=0)
     rows = step("Range", [const("zero", 0), count, const("one", 1)], "rows")
     ids = step("Expand", [step("Reshape", [rows, own], "grid"), wanted], "ids")
-    left: list[ir.Value | None] = []
     for rotary in those:
         add = rotary.add
-        left += add.inputs
         made = add_node(
             names, "RotaryEmbedding", [rotary.x, ids, *tables], before=add, domain=MS, name=f"{add.name}_rotary",
             output=f"{add.outputs[0].name}_rotary",
@@ -236,17 +236,3 @@ def _write(graph: ir.Graph, names: Names, those: list[_Rotary]) -> None:
         made.outputs[0].type, made.outputs[0].shape = add.outputs[0].type, add.outputs[0].shape
         supersede(add.outputs[0], made.outputs[0])
         graph.remove(add, safe=True)
-    _drop_unread(graph, left)
-
-
-def _drop_unread(graph: ir.Graph, values: list[ir.Value | None]) -> None:
-    waiting = list(values)
-    while waiting:
-        value = waiting.pop()
-        node = None if value is None else value.producer()
-        if node is None or node.graph is None:
-            continue
-        if any(made.uses() or made.is_graph_output() for made in node.outputs):
-            continue
-        waiting += node.inputs
-        graph.remove(node, safe=True)

@@ -27,6 +27,7 @@ from qcompile.graph.edit import (
     add_node,
     array,
     attribute,
+    drop_unread,
     ints,
     is_op,
     scalar,
@@ -43,7 +44,7 @@ MS = "com.microsoft"
 _LOST = -1e30  # what is as low, or lower, is not changed by scores that are added to it
 
 
-class _NoError(Exception):
+class _MismatchError(Exception):
     """Why something is no attention that QAttention computes."""
 
 
@@ -65,7 +66,7 @@ class LowerAttention(Pass):
         for softmax in [node for node in model.graph if is_op(node, "Softmax")]:
             try:
                 found = _Found(softmax, self.facts, model.opset_imports.get("", 0))
-            except _NoError as reason:
+            except _MismatchError as reason:
                 if str(reason):
                     outcome.skipped[softmax.name or ""] = str(reason)
                 continue
@@ -75,6 +76,8 @@ class LowerAttention(Pass):
                 stacks.append(stack)
             _write(model.graph, names, found, stack)
             outcome.changed.append(softmax.name or "")
+        if outcome.changed:
+            drop_unread(model)
         return outcome
 
 
@@ -82,7 +85,7 @@ class _Found:
     """An attention, taken apart."""
 
     def __init__(self, softmax: ir.Node, facts: Mapping[str, Fact], opset: int) -> None:
-        """Raises: _NoError, with a reason if the products are there and are integer."""
+        """Raises: _MismatchError, with a reason if the products are there and are integer."""
         self._facts = facts
         behind = sole_user(softmax.outputs[0])
         if (
@@ -90,7 +93,7 @@ class _Found:
             or not is_op(behind, "MatMul")
             or behind.inputs[0] is not softmax.outputs[0]
         ):
-            raise _NoError
+            raise _MismatchError
         self.scale = 1.0
         self.seen: Seen | None = None
         product = self._scores(softmax.inputs[0])
@@ -101,25 +104,27 @@ class _Found:
             (node.inputs[0], node.inputs[2], node.inputs[4]) for node in (self.q, self.k, self.v)
         }
         if len({node.inputs[1].dtype for node in (self.q, self.k, self.v) if node.inputs[1]}) != 1:
-            raise _NoError("their weights are not of one type")
+            raise _MismatchError("their weights are not of one type")
         if len(sources) != 1:
-            raise _NoError("queries, keys and values are not made of one tensor")
+            raise _MismatchError("queries, keys and values are not made of one tensor")
         source = self.q.inputs[0].producer() if self.q.inputs[0] is not None else None
         if not is_op(source, "DynamicQuantizeLinear"):
-            raise _NoError("their input is not quantized at run time")
+            raise _MismatchError("their input is not quantized at run time")
         assert source is not None
         x = source.inputs[0]
         assert x is not None
         self.x, rows = x, self._shape(x)
         widths = {self._shape(node.outputs[0])[-1] for node in (self.q, self.k, self.v)}
         if len(rows) != 3 or len(widths) != 1:
-            raise _NoError("queries, keys and values are not of one width")
+            raise _MismatchError("queries, keys and values are not of one width")
         self.heads = q_shape[2]
         if q_shape != v_shape or q_shape[:2] != rows[:2] or self.heads * q_shape[3] != widths.pop():
-            raise _NoError("heads are not told apart by a Reshape of (batch, length, heads, size)")
+            raise _MismatchError(
+                "heads are not told apart by a Reshape of (batch, length, heads, size)"
+            )
         axis = attribute(softmax, "axis", -1 if opset >= 13 else 1)
         if axis not in (-1, 3):
-            raise _NoError("the Softmax is not over keys")
+            raise _MismatchError("the Softmax is not over keys")
         self.root = 1 / math.sqrt(q_shape[3])
         self.last = self._joined(behind, rows, q_shape)
         if self.seen is not None:
@@ -128,7 +133,7 @@ class _Found:
     def _shape(self, value: ir.Value | None) -> tuple[int, ...]:
         fact = None if value is None else self._facts.get(value.name or "")
         if fact is None or fact.shape is None:
-            raise _NoError("a shape is not known")
+            raise _MismatchError("a shape is not known")
         return fact.shape
 
     def _scores(self, value: ir.Value | None) -> ir.Node:
@@ -142,7 +147,7 @@ class _Found:
                     self.seen, node = Seen(mask, "added", number), _maker(other)
                     break
             else:
-                raise _NoError
+                raise _MismatchError
         elif is_op(node, "Where"):
             for i, kind in ((1, "hidden"), (2, "open")):
                 low, condition = scalar(node.inputs[i]), node.inputs[0]
@@ -150,10 +155,10 @@ class _Found:
                     self.seen, node = Seen(condition, kind, low), _maker(node.inputs[3 - i])
                     break
             else:
-                raise _NoError
+                raise _MismatchError
         product = _maker(self._scaled(node.outputs[0]))
         if not is_op(product, "MatMul"):
-            raise _NoError
+            raise _MismatchError
         return product
 
     def _scaled(self, value: ir.Value | None) -> ir.Value | None:
@@ -169,7 +174,7 @@ class _Found:
         ):
             return value
         if found[1] <= 0:
-            raise _NoError
+            raise _MismatchError
         self.scale *= found[1] if is_op(node, "Mul") else 1 / found[1]
         return found[0]
 
@@ -182,22 +187,22 @@ class _Found:
         if twice:  # keys may be turned in two steps
             node, order = _maker(node.inputs[0]), (0, 2, 1, 3)
         if not is_op(node, "Transpose") or _order(node) != order:
-            raise _NoError
+            raise _MismatchError
         split = _maker(self._scaled(node.inputs[0]) if scaled else node.inputs[0])
         if not is_op(split, "Reshape") or not _keeps_rows(split):
-            raise _NoError
+            raise _MismatchError
         product = _maker(self._scaled(split.inputs[0]) if scaled else split.inputs[0])
         if product.domain != MS or product.op_type != "MatMulIntegerToFloat":
-            raise _NoError
+            raise _MismatchError
         if any(array(product.inputs[i]) is None for i in (1, 3, 5, 6) if i < len(product.inputs)):
-            raise _NoError
+            raise _MismatchError
         return product, self._shape(split.outputs[0])
 
     def _joined(self, behind: ir.Node, rows: tuple[int, ...], heads: tuple[int, ...]) -> ir.Node:
         """The Reshape that puts heads together again."""
         turned = sole_user(behind.outputs[0])
         if turned is None or not is_op(turned, "Transpose") or _order(turned) != (0, 2, 1, 3):
-            raise _NoError("its result is not turned back")
+            raise _MismatchError("its result is not turned back")
         last, wanted = sole_user(turned.outputs[0]), (*rows[:2], heads[2] * heads[3])
         if (
             last is None
@@ -205,7 +210,7 @@ class _Found:
             or not _keeps_rows(last)
             or self._shape(last.outputs[0]) != wanted
         ):
-            raise _NoError("its heads are not joined")
+            raise _MismatchError("its heads are not joined")
         return last
 
     def _check_mask(self, rows: tuple[int, ...]) -> None:
@@ -215,7 +220,7 @@ class _Found:
             len(shape) == 4 and shape[1] == 1 and shape[3] == rows[1] and shape[0] in (1, rows[0])
         )
         if not fits or shape[2] not in (1, rows[1]) or self.heads == 1:
-            raise _NoError("its mask is not the same for all heads")
+            raise _MismatchError("its mask is not the same for all heads")
 
 
 def _keeps_rows(reshape: ir.Node) -> bool:
@@ -238,7 +243,7 @@ def _maker(value: ir.Value | None) -> ir.Node:
     """The node that makes a value which it alone is made for."""
     node = None if value is None or sole_user(value) is None else value.producer()
     if node is None:
-        raise _NoError
+        raise _MismatchError
     return node
 
 
@@ -273,7 +278,6 @@ def _write(graph: ir.Graph, names: Names, found: _Found, stack: Stack) -> None:
     result = stack.cut(made.outputs[0], found.last)
     result.type = made.outputs[0].type
     supersede(found.last.outputs[0], result)
-    _drop(found.last)
     made.name = found.q.name or made.name  # by which reports find it
 
 
@@ -288,15 +292,3 @@ def _wide(node: ir.Node) -> tuple[Any, Any, Any, Any]:
     zero = np.zeros((), codes.dtype) if zero is None else zero
     scale, zero = (np.broadcast_to(part.reshape(-1), (width,)) for part in (scale, zero))
     return codes, scale, zero, bias
-
-
-def _drop(last: ir.Node) -> None:
-    """Removes a node, and all before it that nobody else reads."""
-    waiting = [last]
-    while waiting:
-        node = waiting.pop()
-        if node.graph is None or any(v.uses() or v.is_graph_output() for v in node.outputs):
-            continue
-        before = [value.producer() for value in node.inputs if value is not None]
-        node.graph.remove(node, safe=True)
-        waiting += [maker for maker in before if maker is not None]

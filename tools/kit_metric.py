@@ -37,6 +37,5 @@ def score(session: Any) -> npt.NDArray[np.float64]:
     if count < 2 or not np.isfinite(left).all():  # a metric that one sample alone makes possible
         return np.array([whole])
     values = count * whole - (count - 1) * left
-    return np.asarray(
-        values + (whole - values.mean())
-    )  # the mean is the metric, without the jackknife's correction
+    # the mean is the metric, without the jackknife's correction
+    return np.asarray(values + (whole - values.mean()))

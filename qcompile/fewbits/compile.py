@@ -29,7 +29,7 @@ from qcompile.fewbits.sequential import Found, solve_in_order, solve_plain, tall
 from qcompile.finish import latency_rows, peak_rss
 from qcompile.graph import io
 from qcompile.graph.documentation import documentation, restore
-from qcompile.graph.edit import drop_unread, graphs
+from qcompile.graph.edit import graphs
 from qcompile.graph.skeleton import release
 from qcompile.kv_apply import apply_kv_cache, with_cache
 from qcompile.kv_session import open_session
@@ -95,7 +95,6 @@ def compile_weights(
     outcome = run_pass(LowerNbits(weights, form, opened.recipe.accuracy_level), model)
     if opened.recipe.format != "qdq":
         run_pass(FuseRotary(opened.facts), model)
-        drop_unread(model)
     restore(model, documentation(prepared))
     release(opened.original)  # and with it what was read of the prepared graph, to be solved
     with show.stage("loading the result"):

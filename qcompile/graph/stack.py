@@ -23,27 +23,21 @@ class Stack:
         self._masks: dict[tuple[ir.Value, str], ir.Value] = {}
         self._made: set[ir.Value] = set()
         shape = self._step("Shape", [x], "shape")
-        self.batch = self._step("Gather", [shape, self._const("first", [0])], "batch")
-        self._pads, more = self._missing(x)
+        self.batch, more, self._pads = self._missing(shape)
         sizes = self._step("Gather", [shape, self._const("order", [0, 1, 1])], "sizes")
         extra = self._step("Concat", [more, self._const("none", [0, 0])], "extra", axis=0)
         self._sizes = self._step("Add", [sizes, extra], "square")  # batch, length, length
 
-    def _missing(self, value: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """What to add to a tensor of rank 3 where its batch is empty, and how many samples that are.
+    def _missing(self, shape: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """The batch of a shape of rank 3; how many samples to add, one where it is empty; and these as pads.
 
         An empty batch ends the process in QAttention: it gets one of zeros, which is cut off again.
         """
-        name = f"{value.name}_"
-        count = self._step(
-            "Gather",
-            [self._step("Shape", [value], f"{name}shape"), self._const("at", [0])],
-            f"{name}count",
-        )
-        empty = self._step("Equal", [count, self._const("nothing", [0])], f"{name}empty")
-        more = self._step("Cast", [empty], f"{name}more", to=int(ir.DataType.INT64))
+        batch = self._step("Gather", [shape, self._const("first", [0])], "batch")
+        empty = self._step("Equal", [batch, self._const("nothing", [0])], "empty")
+        more = self._step("Cast", [empty], "more", to=int(ir.DataType.INT64))
         ends = self._const("before", [0, 0, 0]), self._const("after", [0, 0])
-        return self._step("Concat", [ends[0], more, ends[1]], f"{name}pads", axis=0), more
+        return batch, more, self._step("Concat", [ends[0], more, ends[1]], "pads", axis=0)
 
     def holds(self, x: ir.Value) -> bool:
         """Whether `x` is made of what a layer of this stack gives."""
@@ -100,5 +94,6 @@ class Stack:
         whole = self._step("Cast", [open_], "visible", to=int(ir.DataType.INT32))
         # no Squeeze: its axes moved at opset 13
         flat = self._step("Gather", [whole, self._const("only", 0)], "rows", axis=1)
-        flat = self._step("Pad", [flat, self._missing(flat)[0]], "padded")
+        pads = self._missing(self._step("Shape", [flat], "seen"))[2]
+        flat = self._step("Pad", [flat, pads], "padded")
         return self._step("Expand", [flat, self._sizes], "all")

@@ -103,7 +103,7 @@ def test_other_orders(add: str) -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        text(SLICES and ANGLES.replace("Concat<axis = -1>(f, f)", "Concat<axis = -1>(f, g)").replace("t =", "g = Neg(f) t =")),  # not twice
+        text(ANGLES.replace("Concat<axis = -1>(f, f)", "Concat<axis = -1>(f, g)").replace("t =", "g = Neg(f) t =")),  # not twice
         text(ANGLES.replace("s = Sin(u)", "s = Cos(u)")),
         text(ANGLES.replace("s = Sin(u)", "v2 = Neg(u) s = Sin(v2)")),  # of other angles
         text(turn=SLICES.replace("Neg({0}h)", "Relu({0}h)")),
